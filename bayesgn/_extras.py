@@ -1,0 +1,46 @@
+"""Packages that are imported where they are first used: heavy ones quietly, optional ones with advice when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+
+@contextmanager
+def quiet_import() -> Iterator[None]:
+    """Silence the one warning that importing gpytorch (linear_operator) raises: it still decorates with `torch.jit.script`.
+
+    Example:
+        >>> with quiet_import():
+        ...     import gpytorch
+    """
+    with warnings.catch_warnings():
+        # torch words it "is deprecated", and "is not supported in Python 3.14+" there.
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script(_method)?` is ", FutureWarning)
+        yield
+
+
+def require(name: str, extra: str) -> ModuleType:
+    """The module `name`, or an ImportError that says which extra brings it.
+
+    Example:
+        >>> require("json", extra="demo").dumps([1])
+        '[1]'
+        >>> require("no_such_package.part", extra="demo")
+        Traceback (most recent call last):
+        ImportError: this needs the package no_such_package, which is not installed; `pip install 'bayesgn[demo]'` brings it
+    """
+    try:
+        with quiet_import():
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package = name.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # the package is there; something that it needs is not
+        raise ImportError(
+            f"this needs the package {package}, which is not installed; `pip install 'bayesgn[{extra}]'` brings it",
+            name=package,
+        ) from error

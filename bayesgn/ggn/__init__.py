@@ -1,0 +1,10 @@
+"""Generalized Gauss-Newton (J, JᵀΛJ): linearise a network once, keep Σ JᵀΛJ in the structure you can afford."""
+
+from bayesgn.ggn.block_diagonal import Diag, Full, Kron, Layerwise
+from bayesgn.ggn.blocks import Block
+from bayesgn.ggn.linearization import Linearization, Linearizer
+from bayesgn.ggn.structure import Curvature, Precision, Structure
+
+__all__ = [
+    "Block", "Curvature", "Diag", "Full", "Kron", "Layerwise", "Linearization", "Linearizer", "Precision", "Structure",
+]  # fmt: skip

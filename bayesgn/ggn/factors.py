@@ -1,0 +1,323 @@
+"""Compact factors of Jᵀ S for one block of weights: what the structures are written against.
+
+For a Linear layer the Jacobian of one datum is an outer product, J = δ ⊗ a, summed over the positions t that share the
+weights. Keeping a and δ instead of J makes Kron, Diag and Gram cost what a few gradients cost; J itself is formed only
+where its own size is asked for, in slices of data that stay below ``SLICE_ENTRIES`` numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SLICE_ENTRIES = 2**21  # 16 MB of float64: J of a slice fits in cache and memory stays flat
+
+
+class Factors(ABC):
+    """Jᵀ S of one block: n data, k columns, p weights. ``variance`` is a scalar tensor or [p], a diagonal of Σ."""
+
+    n: int
+    k: int
+    p: int
+    dtype: torch.dtype
+
+    @abstractmethod
+    def jacobian(self) -> Tensor:
+        """The explicit (S-weighted) Jacobian [n k p], in the block's own weight order."""
+
+    @abstractmethod
+    def rows(self, part: slice) -> Factors:
+        """The same factors for a slice of the data."""
+
+    @abstractmethod
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same factors in another dtype."""
+
+    def slices(self) -> Iterator[Factors]:
+        """Pieces of the data whose explicit Jacobian stays small."""
+        size = max(1, SLICE_ENTRIES // max(1, self.k * self.p))
+        if size >= self.n:
+            yield self
+            return
+        for start in range(0, self.n, size):
+            yield self.rows(slice(start, start + size))
+
+    def square(self) -> Tensor:
+        """Σ_n Σ_k J² [p], the diagonal of the GGN."""
+        return sum(part.jacobian().square().sum((0, 1)) for part in self.slices())  # type: ignore[return-value]
+
+    def full(self) -> Tensor:
+        """Σ_n JᵀJ [p p]."""
+        out = 0.0
+        for part in self.slices():
+            J = part.jacobian().flatten(0, 1)
+            out = out + J.mT @ J
+        return out  # type: ignore[return-value]
+
+    def quadratic(self, variance: Tensor) -> Tensor:
+        """J diag(variance) Jᵀ of each datum [n k k]."""
+        out = []
+        for part in self.slices():
+            J = part.jacobian()
+            out.append((J * variance) @ J.mT)
+        return torch.cat(out)
+
+    def gram(self, other: Factors, variance: Tensor) -> Tensor:
+        """J diag(variance) J'ᵀ between all data of two sets [n k, n' k']."""
+        J = torch.cat([(part.jacobian() * variance).flatten(0, 1) for part in self.slices()])
+        return torch.cat([J @ part.jacobian().flatten(0, 1).mT for part in other.slices()], dim=1)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """J v for v [p s]: [n k s]."""
+        return torch.cat([part.jacobian() @ v for part in self.slices()])
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        """Σ_n Jᵀ u for u [n k s]: [p s]."""
+        out, start = 0.0, 0
+        for part in self.slices():
+            J = part.jacobian()
+            out = out + J.flatten(0, 1).mT @ u[start : start + part.n].flatten(0, 1)
+            start += part.n
+        return out  # type: ignore[return-value]
+
+
+def flatten_weights(M: Tensor, both: bool) -> Tensor:
+    """[... g o i] -> [... p] in the net's order; with ``both`` the last input column is the bias, put at the end."""
+    if both:
+        return torch.cat([M[..., :-1].flatten(-3), M[..., -1].flatten(-2)], dim=-1)
+    return M.flatten(-3)
+
+
+def unflatten_weights(v: Tensor, g: int, o: int, i: int, both: bool) -> Tensor:
+    """The inverse of :func:`flatten_weights`."""
+    if both:
+        W = v[..., : g * o * (i - 1)].unflatten(-1, (g, o, i - 1))
+        return torch.cat([W, v[..., g * o * (i - 1) :].unflatten(-1, (g, o, 1))], dim=-1)
+    return v.unflatten(-1, (g, o, i))
+
+
+@dataclass
+class Dense(Factors):
+    """An explicit Jacobian: norms, recurrent cells, attention, raw and tied parameters."""
+
+    J: Tensor  # [n k p]
+
+    def __post_init__(self) -> None:
+        self.n, self.k, self.p = self.J.shape
+        self.dtype = self.J.dtype
+
+    def jacobian(self) -> Tensor:
+        return self.J
+
+    def rows(self, part: slice) -> Dense:
+        return Dense(self.J[part])
+
+    def to(self, dtype: torch.dtype) -> Dense:
+        return Dense(self.J.to(dtype))
+
+
+@dataclass
+class Linear(Factors):
+    """J = Σ_t δ_t ⊗ a_t in g groups: weights [g o i], the bias as the last input column (a ≡ 1).
+
+    Attributes:
+        a: inputs [n g t i].
+        δ: Jᵀ S at the layer's output [n g t k o].
+        weight, bias: whether the block holds the weight and the bias.
+    """
+
+    a: Tensor
+    δ: Tensor
+    weight: bool = True
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        self.n, self.g, self.t, self.k, self.o = self.δ.shape
+        self.i = self.a.shape[-1]
+        self.p = self.g * self.o * self.i
+        self.dtype = self.δ.dtype
+
+    # The block's own order is that of the net's parameters: weight [g o i'] flattened, then bias [g o].
+    def flatten(self, M: Tensor) -> Tensor:
+        """[... g o i] -> [... p]: the homogeneous column becomes the bias at the end."""
+        return flatten_weights(M, self.weight and self.bias)
+
+    def unflatten(self, v: Tensor) -> Tensor:
+        """[... p] -> [... g o i], the inverse of :meth:`flatten`."""
+        return unflatten_weights(v, self.g, self.o, self.i, self.weight and self.bias)
+
+    def _outer(self) -> Tensor:
+        """J [n g (k o) i]: one batched product over the shared positions."""
+        return self.δ.flatten(-2).mT @ self.a
+
+    def jacobian(self) -> Tensor:
+        return self.flatten(self._outer().unflatten(2, (self.k, self.o)).transpose(1, 2))
+
+    def rows(self, part: slice) -> Linear:
+        return replace(self, a=self.a[part], δ=self.δ[part])
+
+    def to(self, dtype: torch.dtype) -> Linear:
+        return replace(self, a=self.a.to(dtype), δ=self.δ.to(dtype))
+
+    def rotate(self, Q_a: Tensor | None, Q_b: Tensor | None) -> Linear:
+        """The factors in rotated coordinates: a Q_a [g i i'], δ Q_b [g o o']."""
+        a = self.a if Q_a is None else self.a @ Q_a
+        δ = self.δ if Q_b is None else (self.δ.flatten(2, 3) @ Q_b).unflatten(2, (self.t, self.k))
+        return replace(self, a=a, δ=δ)
+
+    def kron(self, reduce: bool) -> tuple[Tensor, Tensor, float]:
+        """Σ aaᵀ [g i i], Σ δδᵀ [g o o] and the count of rows summed, so that H ≈ A ⊗ B / count.
+
+        ``expand`` counts every shared position as a datum; ``reduce`` averages a and sums δ over them first
+        (Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network architectures").
+        """
+        a, δ = self.a, self.δ
+        if reduce and self.t > 1:
+            a, δ = a.mean(2, keepdim=True), δ.sum(2, keepdim=True)
+        a = a.transpose(0, 1).flatten(1, 2)  # [g, n t, i]
+        δ = δ.transpose(0, 1).flatten(1, 3)  # [g, n t k, o]
+        return a.mT @ a, δ.mT @ δ, float(a.shape[1])
+
+    def square(self) -> Tensor:
+        if self.t > 1:
+            total = 0.0
+            for part in self.slices():
+                J = part._outer().square().sum(0)  # [g, k o, i]
+                total = total + J.unflatten(1, (self.k, self.o)).sum(1)
+            return self.flatten(total)
+        # t = 1: (δ ⊗ a)² = δ² ⊗ a², a product of two small matrices.
+        δ2 = self.δ[:, :, 0].square().sum(2).permute(1, 2, 0)  # [g o n]
+        return self.flatten(δ2 @ self.a[:, :, 0].square().transpose(0, 1))
+
+    def quadratic(self, variance: Tensor) -> Tensor:
+        if variance.dim() == 0:
+            return self._quadratic_scalar() * variance
+        V = self.unflatten(variance)
+        if self.t > 1:
+            out = []
+            for part in self.slices():
+                J = part._outer().unflatten(2, (self.k, self.o)).transpose(1, 2)  # [n k g o i]
+                out.append((J * V).flatten(2) @ J.flatten(2).mT)
+            return torch.cat(out)
+        # t = 1: cov = δ diag(w) δᵀ with w_o = Σ_i a_i² V_oi: no J.
+        w = (self.a.square() @ V.mT)[:, :, 0]  # [n g o]
+        δ = self.δ[:, :, 0].transpose(1, 2)  # [n k g o]
+        return (δ * w[:, None]).flatten(2) @ δ.flatten(2).mT
+
+    def _quadratic_scalar(self) -> Tensor:
+        if self.t == 1:
+            a2 = self.a.square().sum(-1)[:, :, 0]  # [n g]
+            δ = self.δ[:, :, 0]
+            return torch.einsum("ng,ngko,nglo->nkl", a2, δ, δ)
+        out = []
+        for part in self.slices():
+            J = part._outer().unflatten(2, (self.k, self.o)).transpose(1, 2).flatten(2)
+            out.append(J @ J.mT)
+        return torch.cat(out)
+
+    def gram(self, other: Factors, variance: Tensor) -> Tensor:
+        assert isinstance(other, Linear)
+        if variance.dim() > 0 or self.t > 1 or other.t > 1:
+            return super().gram(other, variance)
+        # (A Aᵀ) ∘ (Δ Δᵀ), summed over groups.
+        out = 0.0
+        for g in range(self.g):
+            AA = self.a[:, g, 0] @ other.a[:, g, 0].mT  # [n n']
+            δ, δ_ = self.δ[:, g, 0].flatten(0, 1), other.δ[:, g, 0].flatten(0, 1)
+            DD = (δ @ δ_.mT).view(self.n, self.k, other.n, other.k)
+            out = out + DD * AA[:, None, :, None]
+        return (out * variance).reshape(self.n * self.k, other.n * other.k)  # type: ignore[union-attr]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        V = self.unflatten(v.mT)  # [s g o i]
+        Va = torch.einsum("sgoi,ngti->ngtos", V, self.a)
+        return torch.einsum("ngtko,ngtos->nks", self.δ, Va)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        δu = torch.einsum("ngtko,nks->ngtos", self.δ, u)
+        return self.flatten(torch.einsum("ngtos,ngti->sgoi", δu, self.a)).mT
+
+
+@dataclass
+class Embedding(Factors):
+    """J = Σ_t δ_t ⊗ onehot(ids_t): a Linear layer whose input is an index; weights [vocabulary, o]."""
+
+    ids: Tensor  # [n t]
+    δ: Tensor  # [n t k o]
+    vocabulary: int
+
+    def __post_init__(self) -> None:
+        self.n, self.t, self.k, self.o = self.δ.shape
+        self.p = self.vocabulary * self.o
+        self.dtype = self.δ.dtype
+
+    def jacobian(self) -> Tensor:
+        J = self.δ.new_zeros(self.n, self.vocabulary, self.k, self.o)
+        J = J.scatter_add(1, self.ids[:, :, None, None].expand_as(self.δ), self.δ)
+        return J.transpose(1, 2).flatten(2)
+
+    def rows(self, part: slice) -> Embedding:
+        return replace(self, ids=self.ids[part], δ=self.δ[part])
+
+    def to(self, dtype: torch.dtype) -> Embedding:
+        return replace(self, δ=self.δ.to(dtype))
+
+    def rotate(self, Q_a: Tensor | None, Q_b: Tensor | None) -> Embedding:
+        """The factors with δ rotated by Q_b [o o']; the input side stays an index."""
+        if Q_a is not None:
+            raise ValueError("an embedding's input factor is diagonal already; pass Q_a=None.")
+        return self if Q_b is None else replace(self, δ=self.δ @ Q_b.reshape(Q_b.shape[-2:]))
+
+    def kron(self, reduce: bool) -> tuple[Tensor, Tensor, float]:
+        """Counts of each index [vocabulary] (A is diagonal), Σ δδᵀ [o o], and the count of rows."""
+        counts = torch.bincount(self.ids.reshape(-1), minlength=self.vocabulary).to(self.δ)
+        δ = self.δ.flatten(0, 2)
+        return counts, δ.mT @ δ, float(self.ids.numel())
+
+    def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Repeated indices of one datum summed: datum [u], id [u], δ [u k o]."""
+        where = torch.arange(self.n, device=self.ids.device)[:, None]
+        unique, inverse = torch.unique(where * self.vocabulary + self.ids, return_inverse=True)
+        merged = self.δ.new_zeros(len(unique), self.k, self.o).index_add(0, inverse.reshape(-1), self.δ.flatten(0, 1))
+        return unique // self.vocabulary, unique % self.vocabulary, merged
+
+    def square(self) -> Tensor:
+        _, ids, δ = self._merged()
+        return self.δ.new_zeros(self.vocabulary, self.o).index_add(0, ids, δ.square().sum(1)).flatten()
+
+    def quadratic(self, variance: Tensor) -> Tensor:
+        datum, ids, δ = self._merged()
+        V = variance if variance.dim() == 0 else variance.view(self.vocabulary, self.o)[ids][:, None]
+        return self.δ.new_zeros(self.n, self.k, self.k).index_add(0, datum, (δ * V) @ δ.mT)
+
+
+@dataclass
+class Masked(Factors):
+    """Selected entries of another block's weights."""
+
+    inner: Factors
+    index: Tensor  # positions within the inner block's weight order
+
+    def __post_init__(self) -> None:
+        self.n, self.k, self.p = self.inner.n, self.inner.k, len(self.index)
+        self.dtype = self.inner.dtype
+
+    def jacobian(self) -> Tensor:
+        return self.inner.jacobian()[..., self.index]
+
+    def slices(self) -> Iterator[Factors]:
+        for part in self.inner.slices():
+            yield Masked(part, self.index)
+
+    def rows(self, part: slice) -> Masked:
+        return Masked(self.inner.rows(part), self.index)
+
+    def to(self, dtype: torch.dtype) -> Masked:
+        return Masked(self.inner.to(dtype), self.index)
+
+    def square(self) -> Tensor:
+        return self.inner.square()[self.index]

@@ -1,0 +1,147 @@
+"""The hook engine: inputs a and output gradients δ of every tapped module, whatever the net does around them.
+
+A forward hook notes a module's input and the *gradient edge* of its output (the node in autograd's graph), so that an
+in-place activation after the module does no harm. One backward pass per column of S then gives δ at every edge at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from bayesgn.ggn.blocks import Block
+from bayesgn.ggn.factors import Embedding, Factors, Linear, Masked
+
+LAYOUTS = ("datum-first", "datum-second")  # [(n t) … i] and [t n … i] at the tapped module
+
+
+@dataclass
+class Tap:
+    """One call of a tapped module."""
+
+    input: Tensor
+    version: int
+    edge: GradientEdge
+    shape: torch.Size
+
+
+@contextlib.contextmanager
+def tapping(blocks: list[Block], differentiable: bool = False) -> Iterator[dict[int, list[Tap]]]:
+    """Record the calls of each block's module while the context is open; the net is clean afterwards."""
+    taps: dict[int, list[Tap]] = {i: [] for i, b in enumerate(blocks) if b.module is not None}
+    handles = []
+
+    def hook(i: int):
+        def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            if output.requires_grad:
+                x = x if differentiable else x.detach()
+                taps[i].append(Tap(x, x._version, get_gradient_edge(output), output.shape))
+
+        return note
+
+    try:
+        for i in taps:
+            handles.append(blocks[i].module.register_forward_hook(hook(i), with_kwargs=True))  # type: ignore[union-attr]
+        yield taps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def stale(taps: dict[int, list[Tap]]) -> bool:
+    """Whether a tapped input was overwritten in place after it was noted."""
+    return any(tap.input._version != tap.version for calls in taps.values() for tap in calls)
+
+
+def factors(block: Block, calls: list[Tap], deltas: list[Tensor], n: int) -> Factors:
+    """Factors of one block from its calls and their output gradients [k *output shape]."""
+    module = block.module
+    pieces = [_factors_of_call(block, module, tap, δ, n) for tap, δ in zip(calls, deltas, strict=True)]
+    joined = pieces[0]
+    if len(pieces) > 1:  # a module used twice: its uses are shared positions
+        if isinstance(joined, Embedding):
+            joined = Embedding(
+                torch.cat([f.ids for f in pieces], 1), torch.cat([f.δ for f in pieces], 1), joined.vocabulary
+            )
+        else:
+            joined = Linear(
+                torch.cat([f.a for f in pieces], 2), torch.cat([f.δ for f in pieces], 2), joined.weight, joined.bias
+            )
+    return joined if block.mask is None else Masked(joined, block.mask)
+
+
+def zero_factors(block: Block, n: int, k: int, like: Tensor) -> Factors:
+    """Factors of a block that the outputs do not depend on."""
+    module = block.module
+    if isinstance(module, nn.Embedding):
+        ids = torch.zeros(n, 1, dtype=torch.long, device=like.device)
+        f: Factors = Embedding(ids, like.new_zeros(n, 1, k, module.embedding_dim), module.num_embeddings)
+    else:
+        groups = getattr(module, "groups", 1)
+        weight = module.weight  # type: ignore[union-attr]
+        i = (weight[0].numel() if block.has_weight else 0) + int(block.has_bias)
+        a = like.new_zeros(n, groups, 1, i)
+        f = Linear(a, like.new_zeros(n, groups, 1, k, weight.shape[0] // groups), block.has_weight, block.has_bias)
+    return f if block.mask is None else Masked(f, block.mask)
+
+
+def _factors_of_call(block: Block, module: nn.Module, tap: Tap, δ: Tensor, n: int) -> Factors:
+    a = tap.input
+    if isinstance(module, nn.Embedding):
+        if block.layout == "datum-second":
+            a, δ = a.transpose(0, 1), δ.transpose(1, 2)
+        ids = a.reshape(n, -1)
+        δ = δ.reshape(len(δ), n, -1, module.embedding_dim).permute(1, 2, 0, 3)
+        if module.padding_idx is not None:
+            δ = δ * (ids != module.padding_idx)[:, :, None, None]
+        return Embedding(ids, δ, module.num_embeddings)
+    if isinstance(module, nn.Linear):
+        if block.layout == "datum-second":
+            a, δ = a.transpose(0, 1), δ.transpose(1, 2)
+        a = a.reshape(n, 1, -1, module.in_features)
+        δ = δ.reshape(len(δ), n, 1, -1, module.out_features).permute(1, 2, 3, 0, 4)
+        a = _homogeneous(a, block)
+        return Linear(a, δ, block.has_weight, block.has_bias)
+    if a.dim() == len(module.kernel_size) + 1:  # an unbatched call  # type: ignore[arg-type]
+        a, δ = a[None], δ[:, None]
+    columns = unfold(module, a) if block.has_weight else a.new_zeros(a.shape[0], module.groups, δ[0, 0, 0].numel(), 0)  # type: ignore[arg-type]
+    groups = columns.shape[1]
+    δ = δ.flatten(3).unflatten(2, (groups, -1))  # [k b g o t]
+    if columns.shape[0] != n:  # [(n t') g t i]: the net folded positions into the batch
+        columns = columns.unflatten(0, (n, -1)).transpose(1, 2).flatten(2, 3)
+        δ = δ.unflatten(1, (n, -1)).movedim(2, 4).flatten(4, 5)
+    δ = δ.permute(1, 2, 4, 0, 3)
+    return Linear(_homogeneous(columns, block), δ, block.has_weight, block.has_bias)
+
+
+def _homogeneous(a: Tensor, block: Block) -> Tensor:
+    """The bias is a weight on a constant input: append a ≡ 1."""
+    if not block.has_weight:
+        return a.new_ones(*a.shape[:-1], 1)
+    return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1) if block.has_bias else a
+
+
+def unfold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+    """Patches [n g t i] that a convolution multiplies its weights [g o i] with, in the weights' order."""
+    dims = len(conv.kernel_size)
+    if conv.padding_mode != "zeros":
+        x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    elif conv.padding == "same":
+        x = F.pad(x, conv._reversed_padding_repeated_twice)
+    elif conv.padding != "valid" and any(conv.padding):
+        x = F.pad(x, [p for pad in reversed(conv.padding) for p in (pad, pad)])  # type: ignore[misc]
+    for d in range(dims):
+        reach = conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
+        x = x.unfold(2 + d, reach, conv.stride[d])[..., :: conv.dilation[d]]
+    # x [n, C, L…, K…] -> [n g L… C/g K…] -> [n g t i]
+    n, channels = x.shape[:2]
+    x = x.unflatten(1, (conv.groups, channels // conv.groups))
+    x = x.movedim(2, 2 + dims)
+    return x.reshape(n, conv.groups, x.shape[2 : 2 + dims].numel(), -1)

@@ -1,0 +1,364 @@
+"""Linearization: a net's outputs and the factors of its Jacobian on one batch. The only door to autograd.
+
+    f(x; θ) ≈ f(x; θ*) + J(x) (θ − θ*),    J = ∂f/∂θ at θ*
+
+A :class:`Linearizer` plans once per net which engine serves which block (checked on two data against plain
+autograd), and is then called with batches. The net itself is never changed: modes, flags and hooks are restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesgn import _data
+from bayesgn._parameters import ParameterVector
+from bayesgn.ggn import backpack, functional, hooks
+from bayesgn.ggn.blocks import Block, find_blocks
+from bayesgn.ggn.factors import Dense, Factors, Masked
+
+logger = logging.getLogger("bayesgn.ggn")
+
+
+def unwrap(net: nn.Module) -> nn.Module:
+    """The net inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
+    while True:
+        if hasattr(net, "_orig_mod"):
+            net = net._orig_mod  # type: ignore[assignment]
+        elif isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            net = net.module
+        else:
+            return net
+
+
+def call(net: Callable, x: Any) -> Tensor:
+    """net(x) for a tensor, net(*x) for a tuple, net(**x) or net(x) for a mapping; the tensor (or ``.logits``) it returns."""
+    if isinstance(x, Mapping):
+        output = net(**x) if _takes_keywords(net, x) else net(x)
+    elif isinstance(x, tuple):
+        output = net(*x)
+    else:
+        output = net(x)
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(
+        f"the net returned {_data.describe(output)}; expected a tensor or an object with tensor `.logits`. "
+        "Wrap the net in a module that returns its output tensor."
+    )
+
+
+def _takes_keywords(net: Callable, x: Mapping) -> bool:
+    forward = net.forward if isinstance(net, nn.Module) else net
+    try:
+        inspect.signature(forward).bind(**x)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def at_rest(net: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """The net in eval mode with exactly the ``selected`` parameters requiring grad; as it came afterwards."""
+    modes = [(m, m.training) for m in net.modules()]
+    flags = [(p, p.requires_grad) for p in net.parameters()]
+    chosen = {id(p) for p in selected.values()}
+    try:
+        for m, _ in modes:
+            m.training = False
+        for p, _ in flags:
+            if p.requires_grad != (id(p) in chosen):
+                p.requires_grad_(id(p) in chosen)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, flag in flags:
+            if p.requires_grad != flag:
+                p.requires_grad_(flag)
+
+
+class Linearization:
+    """One batch of a net at θ*.
+
+    Attributes:
+        output: the likelihood's rows [n *positions c] (detached unless asked to be differentiable in x).
+        n, r: data, and outputs of one datum (positions × c).
+        blocks: the units of weights that :meth:`factors` answers for.
+    """
+
+    def __init__(self, output: Tensor, blocks: list[Block], pull: Callable[[Tensor], list[Factors]]) -> None:
+        self.output = output
+        self.blocks = blocks
+        self.n = output.shape[0]
+        self.r = output[0].numel()
+        self._pull = pull
+
+    def factors(self, S: Tensor | None = None) -> list[Factors]:
+        """Factors of JᵀS for S [n r k], of J itself (k = r) for ``None``; one for each block.
+
+        May be called once per linearization: the graph is freed on the way back.
+        """
+        if S is None:
+            S = torch.eye(self.r, dtype=self.output.dtype, device=self.output.device).expand(self.n, -1, -1)
+        if S.shape[:2] != (self.n, self.r):
+            raise ValueError(f"S has shape {tuple(S.shape)}; expected [{self.n}, {self.r}, k] for this batch.")
+        return self._pull(S.to(self.output.dtype))
+
+
+class _OverwrittenError(RuntimeError):
+    """A tapped input was changed in place by the net before we could use it."""
+
+
+class Linearizer:
+    """Plans and makes :class:`Linearization` s of one net for one choice of weights.
+
+    Args:
+        net: the trained network.
+        vector: the selected parameters (:meth:`ParameterVector.of`).
+        use_backpack: ``None`` lets BackPACK serve the nets it is no slower on (plain chains without convolutions on a CPU,
+            any plain chain on a GPU); ``True`` wherever it can; ``False`` never.
+    """
+
+    def __init__(self, net: nn.Module, vector: ParameterVector, use_backpack: bool | None = None) -> None:
+        self.net = unwrap(net)
+        self.vector = vector
+        self.blocks = find_blocks(self.net, vector)
+        self.use_backpack = use_backpack
+        self.engine: backpack.Engine | None = None
+        self.r = 1  # outputs of one datum, known once planned
+        self._planned = False
+        self._vectorised = True  # explicit Jacobians by vmap over data, until it fails
+        self._batched = True  # all columns in one backward, until it fails
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, x: Any, rows: Callable[[Tensor], Tensor]) -> Tensor:
+        """Outputs only [n *positions c], without a graph."""
+        with at_rest(self.net, {}), torch.no_grad():
+            return rows(call(self.net, self._place(x)))
+
+    def __call__(self, x: Any, rows: Callable[[Tensor], Tensor], differentiable: bool = False) -> Linearization:
+        """Linearise on a batch; ``rows`` brings the raw output to [n *positions c].
+
+        ``differentiable`` keeps a graph from outputs and factors back to x (for gradients of predictive variances).
+        """
+        x = self._place(x)
+        self.plan(x, rows)
+        return self._linearize(x, rows, differentiable)
+
+    def prepare(self, x: Any, rows: Callable[[Tensor], Tensor]) -> None:
+        """Settle blocks and engines on a first batch (otherwise the first call does)."""
+        self.plan(self._place(x), rows)
+
+    def _place(self, x: Any) -> Any:
+        p = next(iter(self.vector.tensors(self.net).values()))
+        x = _data.to(x, p.device)
+        return _data.apply(x, lambda t: t.clone() if t.is_inference() else t)
+
+    def _linearize(self, x: Any, rows: Callable, differentiable: bool) -> Linearization:
+        n = _data.len_of(x)
+        if self.engine is not None and not differentiable:
+            engine = self.engine
+            raw, inputs = engine.forward(x)
+            output, taps = rows(raw), {}
+        else:
+            engine, inputs = None, []
+            with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, differentiable) as taps:
+                output = rows(call(self.net, x))
+            if hooks.stale(taps):
+                raise _OverwrittenError
+        if output.shape[0] != n:
+            raise ValueError(
+                f"the net answered {output.shape[0]} rows for {n} data (output {tuple(output.shape)}); the first "
+                "dimension of its output must run over data."
+            )
+
+        def pull(S: Tensor) -> list[Factors]:
+            if engine is not None:
+                found = engine.pull(inputs, S.permute(2, 0, 1).contiguous())
+            else:
+                found = self._pull_taps(taps, output.reshape(n, -1), S, differentiable)
+            explicit = self._pull_explicit(x, rows, S, differentiable)
+            out = []
+            for i, b in enumerate(self.blocks):
+                if b.module is None:
+                    out.append(explicit[i])
+                elif found[i][0]:
+                    out.append(hooks.factors(b, *found[i], n))
+                else:
+                    out.append(hooks.zero_factors(b, n, S.shape[-1], output))
+            return out
+
+        return Linearization(output if differentiable else output.detach(), self.blocks, pull)
+
+    # -- backward --------------------------------------------------------------------------------------------------
+
+    def _pull_taps(self, taps: dict, flat: Tensor, S: Tensor, differentiable: bool) -> dict[int, tuple[list, list]]:
+        """{block: (calls, δ [k *shape] of each call)} for flat outputs [n r] and S [n r k]."""
+        calls = [(i, tap) for i, found in taps.items() for tap in found]
+        deltas = self._backward(flat, [tap for _, tap in calls], S, differentiable) if calls else []
+        out: dict[int, tuple[list, list]] = {i: ([], []) for i in taps}
+        for (i, tap), δ in zip(calls, deltas, strict=True):
+            out[i][0].append(tap)
+            out[i][1].append(δ)
+        return out
+
+    def _backward(self, flat: Tensor, calls: list, S: Tensor, differentiable: bool) -> list[Tensor]:
+        columns, edges = S.permute(2, 0, 1).contiguous(), [tap.edge for tap in calls]
+        options = {"retain_graph": True, "allow_unused": True, "create_graph": differentiable}
+        if self._batched and len(columns) > 1 and not differentiable:
+            try:
+                found = torch.autograd.grad(flat, edges, columns, is_grads_batched=True, **options)
+                return [flat.new_zeros(len(columns), *t.shape) if d is None else d for d, t in zip(found, calls, strict=True)]
+            except RuntimeError as error:
+                logger.info("columns run one backward at a time: %s", str(error).splitlines()[0])
+                self._batched = False
+        per_column = [torch.autograd.grad(flat, edges, c, **options) for c in columns]
+        return [
+            torch.stack([flat.new_zeros(tap.shape) if d is None else d for d in ds])
+            for ds, tap in zip(zip(*per_column, strict=True), calls, strict=True)
+        ]
+
+    def _pull_explicit(self, x: Any, rows: Callable, S: Tensor, differentiable: bool) -> dict[int, Factors]:
+        explicit = {i: b for i, b in enumerate(self.blocks) if b.module is None}
+        if not explicit:
+            return {}
+        names = [n for b in explicit.values() for n in b.parameters]
+        selected = self.vector.tensors(self.net)
+
+        def one(net: Callable, datum: Any) -> Tensor:
+            return rows(call(net, datum))
+
+        J: dict[str, Tensor] | None = None
+        if self._vectorised and not differentiable:
+            try:
+                with at_rest(self.net, {}):
+                    J = functional.jacobians_vmap(self.net, names, one, x, S)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                logger.info("explicit Jacobians run datum by datum (slow): %s", str(error).splitlines()[0])
+                self._vectorised = False
+        if J is None:
+            with at_rest(self.net, {n: selected[n] for n in names}):
+                J = functional.jacobians_loop(self.net, names, one, x, S, differentiable)
+        out: dict[int, Factors] = {}
+        for i, b in explicit.items():
+            block = torch.cat([J[n] for n in b.parameters], dim=-1)
+            out[i] = Dense(block) if b.mask is None else Masked(Dense(block), b.mask)
+        return out
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, x: Any, rows: Callable[[Tensor], Tensor]) -> None:
+        """Choose an engine for every block by comparing it with plain autograd, datum by datum, on two data of ``x``.
+
+        Called by the first linearization; blocks that differ (tied or borrowed weights, positions that cannot be told
+        from data) get an explicit Jacobian.
+        """
+        if self._planned:
+            return
+        two = _data.rows(x, slice(0, min(2, _data.len_of(x))))
+        n = _data.len_of(two)
+        selected = self.vector.tensors(self.net)
+        with at_rest(self.net, selected), hooks.tapping(self.blocks) as taps:
+            raw = call(self.net, two)
+            output = rows(raw)
+        if output.shape[0] != n:
+            raise ValueError(
+                f"the net answered {output.shape[0]} rows for {n} data (output {tuple(output.shape)}); the first "
+                "dimension of its output must run over data."
+            )
+        flat = output.reshape(n, -1)
+        self.r = flat.shape[1]
+        if not flat.requires_grad:
+            raise ValueError(
+                "the net's output does not depend on the selected parameters (was it computed under no_grad or detached "
+                f"inside forward?); selected: {list(self.vector.names)[:5]}."
+            )
+        S = torch.randn(*flat.shape, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(flat)
+        reference = self._reference(flat, S)
+        overwritten = hooks.stale(taps)
+        found = {} if overwritten else self._pull_taps(taps, flat, S, False)
+        self.blocks = [
+            b if b.module is None else _settle(b, *found.get(i, ([], [])), reference[i], n)
+            for i, b in enumerate(self.blocks)
+        ]
+        if any(isinstance(b.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for b in self.blocks) and not flat.is_cuda:
+            self._batched = False  # a batched convolution backward is slower than one column at a time on a CPU (1.8×)
+        self._plan_backpack(two, output, S, reference)
+        self._planned = n > 1
+        logger.info(
+            "engine %s for %s; explicit Jacobians for %s",
+            "BackPACK" if self.engine is not None else "hooks",
+            [b.name for b in self.blocks if b.module is not None],
+            [b.name for b in self.blocks if b.module is None],
+        )
+
+    def _reference(self, flat: Tensor, S: Tensor) -> list[Tensor]:
+        """For each block Jᵀ s of each datum [n p_block] by plain autograd, S [n r 1]."""
+        selected = self.vector.tensors(self.net)
+        per_datum = []
+        for f, s in zip(flat, S, strict=True):
+            grads = torch.autograd.grad(
+                f, list(selected.values()), s[:, 0], retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            per_datum.append(dict(zip(selected, grads, strict=True)))
+        out = []
+        for b in self.blocks:
+            J = torch.stack([torch.cat([g[n].reshape(-1) for n in b.parameters]) for g in per_datum])
+            out.append(J if b.mask is None else J[:, b.mask])
+        return out
+
+    def _plan_backpack(self, two: Any, output: Tensor, S: Tensor, reference: list[Tensor]) -> None:
+        convolves = any(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for m in self.net.modules())
+        wanted = (output.is_cuda or not convolves) if self.use_backpack is None else self.use_backpack
+        if not wanted or not backpack.eligible(self.net, self.blocks, two, output):
+            return
+        try:
+            engine = backpack.Engine(self.net, self.blocks)
+            raw, inputs = engine.forward(two)
+            found = engine.pull(inputs, S.permute(2, 0, 1).contiguous())
+            right = close(raw.reshape(output.shape), output) and all(
+                close(hooks.factors(b, *found[i], len(raw)).jacobian()[:, 0], reference[i]) for i, b in enumerate(self.blocks)
+            )
+        except (RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
+            logger.info("BackPACK does not serve this net: %s", str(error).splitlines()[0])
+            return
+        if right:
+            self.engine = engine
+        else:
+            logger.info("BackPACK's answer differs from autograd on this net: not used")
+
+
+def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) -> Block:
+    """The block with the first layout whose factors equal the reference, or made explicit."""
+    if not calls:
+        return block if not reference.any() else replace(block, module=None)
+    for layout in hooks.LAYOUTS:
+        trial = replace(block, layout=layout)
+        try:
+            found = hooks.factors(trial, calls, deltas, n)
+        except (RuntimeError, IndexError):
+            continue  # the shapes do not fit this layout
+        if found.n == n and close(found.jacobian()[:, 0], reference):
+            return trial
+    logger.info("%s: its weights act outside its own forward; explicit Jacobian", block.name or "the net")
+    return replace(block, module=None)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding of their dtype."""
+    if a.shape != b.shape:
+        return False
+    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(a.dtype, 5e-2)
+    return bool((a - b).norm() <= tolerance * b.norm().clamp_min(torch.finfo(b.dtype).tiny))

@@ -1,0 +1,102 @@
+"""What a structure promises: H = Σ JᵀΛJ kept in one storage, and H + P with everything inference asks of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from bayesgn.ggn.blocks import Block
+from bayesgn.ggn.factors import Factors
+from bayesgn.ggn.linearization import Linearization
+
+Stream = Iterable[tuple[Linearization, Tensor]]  # batches as (linearization, S) with Λ = SSᵀ; some structures walk it twice
+
+
+class Structure(ABC):
+    """How the sum over data is kept: an argument of ``models.Network``."""
+
+    @abstractmethod
+    def start(self, blocks: list[Block], like: Tensor) -> Curvature:
+        """An empty H for these blocks, on ``like``'s device."""
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={v}" for k, v in sorted(vars(self).items()))
+        return f"{type(self).__name__}({options})"
+
+
+class Curvature(ABC):
+    """H in one storage, additive over data.
+
+    Attributes:
+        blocks: the units of weights, in the order of the flat vector θ.
+    """
+
+    blocks: list[Block]
+
+    def fit(self, stream: Stream) -> None:
+        """Add all data of a stream; structures that need several passes override this."""
+        for lin, S in stream:
+            self.add(lin.factors(S))
+
+    @abstractmethod
+    def add(self, factors: list[Factors]) -> None:
+        """H ← H + Σ_n JᵀSSᵀJ, given the factors of JᵀS for every block."""
+
+    @abstractmethod
+    def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        """scale · H + P, with P diagonal: a scalar or [p_block] tensor for every block."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything needed to rebuild this H, by name (see :meth:`load`)."""
+
+    @abstractmethod
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take the place of the H whose :meth:`tensors` these are."""
+
+
+class Precision(ABC):
+    """scale · H + P of a Gaussian over weights. Differentiable in the scale and P; float64 inside."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """log det(scale · H + P)."""
+
+    @abstractmethod
+    def solve(self, v: Tensor) -> Tensor:
+        """(scale · H + P)⁻¹ v for v [... p]."""
+
+    @abstractmethod
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of θ − mean [count p]."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """Marginal variances of the weights [p]."""
+
+    @abstractmethod
+    def covariance(self, factors: list[Factors]) -> Tensor:
+        """J Σ Jᵀ of each datum [n k k]."""
+
+    @abstractmethod
+    def joint(self, factors: list[Factors], other: list[Factors] | None = None) -> Tensor:
+        """J Σ J'ᵀ between all data [n k, n' k'] (of the same set when ``other`` is None)."""
+
+
+def accumulator(like: Tensor) -> torch.dtype:
+    """dtype of sums over data: float64, whatever the net's, except on devices without it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
+
+
+def working(like: torch.dtype) -> torch.dtype:
+    """dtype of products within a batch: at least float32."""
+    return like if like in (torch.float32, torch.float64) else torch.float32
+
+
+def randn(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal draws on ``like``'s device; a CPU generator serves every device (and gives the same draws)."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(*shape, generator=generator, device=device, dtype=like.dtype).to(like.device)

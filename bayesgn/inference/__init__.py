@@ -1,0 +1,1 @@
+"""Inference: repeat until it settles. Laplace, evidence, tuning, comparison, persistence."""

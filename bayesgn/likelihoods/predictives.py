@@ -1,0 +1,215 @@
+"""Predictive distributions p(y | x) = ∫ p(y | f) q(f) df: mixtures over quadrature nodes, and the ways to integrate a softmax."""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Dirichlet, Distribution, Independent, MixtureSameFamily
+
+from .._psd import psd_root
+
+__all__ = ["DirichletMatching", "LaplaceBridge", "MonteCarlo", "PerRow", "Predictive", "Probit", "mixture", "nodes_of", "scalar_nodes"]
+
+log = logging.getLogger("bayesgn")
+
+
+class PerRow(Independent):
+    """Independent outputs of one row: event [c], also for c = 1. `probs` and `rate` read through to the outputs' distribution.
+
+    Unlike `Independent` it refuses a y whose last dimension is not c: y [n] against [n 1] would broadcast to a silent [n n].
+    """
+
+    def __init__(self, outputs: Distribution):
+        super().__init__(outputs, 1, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.ndim == 0 or value.shape[-1] != self.event_shape[0]:
+            raise ValueError(f"y has shape {list(value.shape)} but each row of this predictive has {self.event_shape[0]} outputs "
+                             f"(y should be {[*self.batch_shape, *self.event_shape]}); use y.unsqueeze(-1) for a single output")
+        return self.base_dist.log_prob(value.to(self.mean.dtype)).sum(-1)
+
+    def expand(self, batch_shape, _instance=None):
+        return PerRow(self.base_dist.expand(torch.Size(batch_shape) + self.event_shape))
+
+    @property
+    def probs(self) -> Tensor:
+        return self.base_dist.probs
+
+    @property
+    def rate(self) -> Tensor:
+        return self.base_dist.rate
+
+
+def mixture(conditional: Distribution, log_weights: Tensor) -> MixtureSameFamily:
+    """The mixture of a conditional with batch [... q] under log weights [... q], which keep nodes far in the tails (1e-30 is no zero)."""
+    return MixtureSameFamily(Categorical(logits=log_weights, validate_args=False), conditional, validate_args=None)
+
+
+@lru_cache(maxsize=32)
+def _standard_nodes(c: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes [q c] and log weights [q] of N(0, I): Gauss-Hermite products up to three latents, a scrambled Sobol sequence (seed 0) beyond."""
+    points = {1: 40, 2: 20, 3: 10}.get(c)
+    if points is None:
+        sobol = torch.quasirandom.SobolEngine(c, scramble=True, seed=0).draw(1024, dtype=torch.float64)
+        z = torch.special.ndtri(sobol.clamp(1e-12, 1 - 1e-12))
+        z = z - z.mean(0)                                                # mean and covariance exact, as for the product rule
+        z = torch.linalg.solve_triangular(torch.linalg.cholesky(z.T @ z / len(z)), z.T, upper=False).T
+        return z.numpy(), np.full(len(z), -math.log(len(z)))
+    x, w = np.polynomial.hermite_e.hermegauss(points)
+    log_w = np.log(w) - np.log(w.sum())
+    grid = np.meshgrid(*[x] * c, indexing="ij")
+    weights = sum(np.meshgrid(*[log_w] * c, indexing="ij"))
+    return np.stack([g.ravel() for g in grid], -1), weights.ravel()
+
+
+def nodes_of(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes [... q c] and log weights [... q] of N(mean [... c], cov [... c c]): deterministic, full covariance."""
+    z, log_w = _standard_nodes(mean.shape[-1])
+    z, log_w = (torch.as_tensor(t, device=mean.device, dtype=mean.dtype) for t in (z, log_w))
+    S = psd_root(cov)                                                    # nodes  mean + S z,  S Sᵀ = cov of any rank
+    return mean.unsqueeze(-2) + z @ S.mT, log_w.expand(*mean.shape[:-1], -1)
+
+
+def scalar_nodes(mean: Tensor, width: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    """Nodes [q ...] and log weights [... q] of N(mean, width²) for each scalar: the trapezoidal rule over ±8.5 widths.
+
+    spread: width in units of the likelihood's own width 1/√Fisher; nodes stand at most half of that apart, and no more than 2048 are used.
+    """
+    largest = float(spread.max()) if spread.numel() and spread.device.type != "meta" else 0.0
+    wanted = int(min(max(34 * largest, 64), 1e9)) + 1 if math.isfinite(largest) else 2049
+    if wanted > 2049:
+        log.warning("predictive: f is up to %.3g times as wide as the likelihood; 2049 nodes leave the density there a sum of spikes", largest)
+    z = torch.linspace(-8.5, 8.5, min(wanted, 2049), dtype=mean.dtype, device=mean.device)
+    log_w = (-0.5 * z.square()).log_softmax(-1)
+    return mean + width * z.reshape(-1, *[1] * mean.ndim), log_w.expand(*mean.shape, -1)
+
+
+class Predictive(ABC):
+    """A way to compute E[softmax(f)] for f ~ N(mean [... c], cov [... c c])."""
+
+    @abstractmethod
+    def __call__(self, mean: Tensor, cov: Tensor) -> Categorical:
+        """The predictive over classes, a torch Categorical with batch [...]."""
+
+    def arguments(self) -> dict:
+        """The constructor's arguments."""
+        return {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self.arguments().items())})"
+
+
+class Probit(Predictive):
+    """E[softmax(f)] for f ~ N(m, V) from pairwise probit approximations.
+
+    p_k ∝ 1 / (1 + Σ_{i≠k} exp(−(m_k − m_i) / √(1 + π/8 v_ki))),   v_ki = V_kk + V_ii − 2 V_ki = var(f_k − f_i).
+    The full covariance counts: what all logits share (v = 0) changes nothing, as in the exact integral. For two classes this is MacKay's
+    approximation of the logistic integral.
+
+    Source: Lu, Ie & Sha (2020), "Mean-field approximation to Gaussian-softmax integral", equation 13; MacKay (1992).
+    """
+
+    def __call__(self, mean: Tensor, cov: Tensor) -> Categorical:
+        variance = cov.diagonal(dim1=-2, dim2=-1)
+        v = (variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * cov).clamp_min(0)
+        difference = (mean.unsqueeze(-2) - mean.unsqueeze(-1)) / (1 + math.pi / 8 * v).sqrt()     # [k, i]: m_i − m_k
+        return Categorical(logits=-difference.logsumexp(-1))
+
+
+class MonteCarlo(Predictive):
+    """E[softmax(f)] for f ~ N(m, V) as the average over a scrambled Sobol sequence with a fixed seed: the same answer at every call.
+
+    Args:
+        samples: points of the sequence (a power of two is best); the error falls nearly as 1/samples.
+        seed: of the scrambling.
+    Source: Owen (1998), "Scrambling Sobol' and Niederreiter-Xing points".
+    """
+
+    def __init__(self, samples: int = 1024, seed: int = 0):
+        if samples < 1:
+            raise ValueError(f"MonteCarlo: samples must be at least 1 but is {samples}")
+        self.samples, self.seed = int(samples), int(seed)
+
+    def __call__(self, mean, cov):
+        z = torch.as_tensor(_sobol_normal(self.samples, mean.shape[-1], self.seed), dtype=mean.dtype, device=mean.device)
+        S = psd_root(cov)
+        total = torch.zeros_like(mean)
+        for part in z.split(128):                                        # keeps memory at 128 times f
+            total = total + (mean.unsqueeze(-2) + part @ S.mT).softmax(-1).sum(-2)
+        return Categorical(probs=total / self.samples)
+
+    def arguments(self):
+        return {"samples": self.samples, "seed": self.seed}
+
+
+@lru_cache(maxsize=8)
+def _sobol_normal(samples: int, c: int, seed: int) -> np.ndarray:
+    u = torch.quasirandom.SobolEngine(c, scramble=True, seed=seed).draw(samples, dtype=torch.float64)
+    return torch.special.ndtri(u.clamp(1e-12, 1 - 1e-12)).numpy()
+
+
+class LaplaceBridge(Predictive):
+    """softmax(f), f ~ N(m, V), as a Dirichlet whose Laplace approximation in the softmax basis has this mean and these variances.
+
+    The direction that all logits share is conditioned away first, m ← m − V1 (1ᵀm) / (1ᵀV1), V ← V − V1 1ᵀV / (1ᵀV1); then
+    α_k = (1 − 2/c + e^{m_k} Σ_l e^{−m_l} / c²) / V_kk.  The bridge is meant for small variances, so m and V are first scaled to
+    m/√a, V/a with a = tr V / √(c/2) where a > 1.
+
+    Source: Hobbhahn, Kristiadi & Hennig (2022), "Fast predictive uncertainty for classification with Bayesian deep networks",
+    equations 14-16 and appendix; MacKay (1998), "Choice of basis for Laplace approximation".
+    """
+
+    def _log_alpha(self, mean: Tensor, cov: Tensor) -> Tensor:
+        c = mean.shape[-1]
+        shared = cov.sum(-1)                                             # V1
+        total = shared.sum(-1, keepdim=True)                             # 1ᵀV1, zero where V leaves the shared direction out already
+        safe = torch.where(total > torch.finfo(mean.dtype).eps * cov.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True), total, torch.inf)
+        mean = mean - shared * mean.sum(-1, keepdim=True) / safe
+        variance = cov.diagonal(dim1=-2, dim2=-1) - shared.square() / safe
+        scale = (variance.sum(-1, keepdim=True) / math.sqrt(c / 2)).clamp_min(1)
+        mean, variance = mean / scale.sqrt(), (variance / scale).clamp_min(torch.finfo(mean.dtype).eps)
+        log_ratio = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * math.log(c)
+        first = mean.new_tensor(1 - 2 / c).log()                         # −∞ for two classes
+        return torch.logaddexp(first, log_ratio) - variance.log()
+
+    def __call__(self, mean, cov):
+        return Categorical(logits=self._log_alpha(mean, cov))
+
+    def dirichlet(self, mean: Tensor, cov: Tensor) -> Dirichlet:
+        """The Dirichlet itself, batch [...], event [c]."""
+        log_alpha = self._log_alpha(mean, cov)
+        return Dirichlet(log_alpha.clamp(-80, 80).exp())
+
+
+class DirichletMatching(Predictive):
+    """softmax(f), f ~ N(m, V), as the Dirichlet with its (approximate) mean and marginal variances: no samples.
+
+    Mean p̄: the pairwise probit approximation. Variance: p_k = σ(η_k) with the log odds η_k = f_k − log Σ_{i≠k} e^{f_i}, linearised at m,
+    var η_k = v_k = aᵀVa, a = e_k − p_{−k} / (1 − p_k), and  var p_k ≈ p̄_k (1 − p̄_k) (1 − 1/√(1 + π/8 v_k)).
+    A Dirichlet of concentration α₀ has var p_k = p̄_k (1 − p̄_k) / (1 + α₀); class k alone asks for α₀ = 1 / (√(1 + π/8 v_k) − 1),
+    and the geometric mean over classes is taken.  The full covariance counts; what all logits share changes nothing.
+
+    Source: Mucsányi, Da Costa & Hennig (2025), "Rethinking approximate Gaussian inference in classification" (moment matching and the
+    sigmoid's second moment); Minka (2000), "Estimating a Dirichlet distribution", for the geometric mean.
+    """
+
+    def __call__(self, mean, cov):
+        return Probit()(mean, cov)
+
+    def dirichlet(self, mean: Tensor, cov: Tensor) -> Dirichlet:
+        """The Dirichlet itself, batch [...], event [c]."""
+        c = mean.shape[-1]
+        eye = torch.eye(c, dtype=mean.dtype, device=mean.device)
+        # Row k of A is e_k − softmax over the others: masked logits, no 1 − p_k that cancels.
+        others = mean.unsqueeze(-2).masked_fill(eye.bool(), -torch.inf).softmax(-1)
+        A = eye - others
+        x = math.pi / 8 * ((A @ cov) * A).sum(-1).clamp_min(torch.finfo(mean.dtype).eps)
+        concentration = (((1 + x).sqrt() + 1) / x).log().mean(-1, keepdim=True).exp()           # 1 / (√(1 + x) − 1)
+        probs = Probit()(mean, cov).probs
+        return Dirichlet((concentration * probs).clamp_min(torch.finfo(mean.dtype).tiny))

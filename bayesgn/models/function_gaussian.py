@@ -1,0 +1,81 @@
+"""A network's answer: a Gaussian over its outputs whose covariance is worked out only when it is asked for."""
+
+from __future__ import annotations
+
+import torch
+from gpytorch.distributions import MultitaskMultivariateNormal
+from linear_operator.operators import LinearOperator
+from torch import Tensor
+
+
+class FunctionCovariance(LinearOperator):
+    """The joint covariance [N c, N c] of a network's outputs; data first, then outputs. Nothing is computed at construction.
+
+    Args:
+        answer: an object with ``shape`` (N, c), ``blocks() -> [N c c]`` marginal blocks and ``dense() -> [N c, N c]``.
+        like: a tensor that gives device and dtype.
+    """
+
+    def __init__(self, like: Tensor, answer) -> None:
+        super().__init__(like, answer=answer)
+        self.answer, self._like = answer, like
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._like.device
+
+    def _size(self) -> torch.Size:
+        N, c = self.answer.shape
+        return torch.Size([N * c, N * c])
+
+    def _transpose_nonbatch(self) -> FunctionCovariance:
+        return self
+
+    def _matmul(self, rhs: Tensor) -> Tensor:
+        return self.to_dense() @ rhs
+
+    def _diagonal(self) -> Tensor:
+        return self.answer.blocks().diagonal(dim1=-2, dim2=-1).reshape(-1)
+
+    def _get_indices(self, row_index: Tensor, col_index: Tensor, *batch_indices: Tensor) -> Tensor:
+        return self.to_dense()[row_index, col_index]
+
+    def to_dense(self) -> Tensor:
+        return self.answer.dense()
+
+
+class FunctionGaussian(MultitaskMultivariateNormal):
+    """f at N rows and c outputs, as gpytorch's ``MultitaskMultivariateNormal`` (event [N c], rows interleaved).
+
+    ``variance`` and :meth:`marginals` need the covariance within each datum only; ``covariance_matrix``, ``rsample`` and
+    ``log_prob`` are joint over all data. A net with extra positions has N = data × positions rows.
+    """
+
+    def __init__(self, mean: Tensor, answer, positions: tuple[int, ...]) -> None:
+        self.answer, self.positions = answer, positions
+        super().__init__(mean, FunctionCovariance(mean, answer), validate_args=False)
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean [n *positions c] and covariance [n *positions c c] of each row."""
+        mean, blocks, c = self.mean, self.answer.blocks(), self.mean.shape[-1]
+        return mean.reshape(-1, *self.positions, c), blocks.reshape(-1, *self.positions, c, c)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.answer.blocks().diagonal(dim1=-2, dim2=-1)
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.variance.clamp_min(0).sqrt()
+
+    def rsample(self, sample_shape=torch.Size(), base_samples: Tensor | None = None) -> Tensor:
+        # Exact: above 800 rows linear_operator would turn to Lanczos without a word.
+        return self.answer.draw(self.mean, torch.Size(sample_shape), base_samples)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        joint = torch.distributions.MultivariateNormal(self.mean.reshape(-1), self.answer.dense(jitter=True))
+        return joint.log_prob(value.reshape(*value.shape[:-2], -1))

@@ -1,0 +1,192 @@
+"""A network as a model of functions: linearised at its trained weights, with a Gaussian prior over them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesgn import _data
+from bayesgn._parameters import ParameterVector, Selection
+from bayesgn.ggn import Kron, Linearization, Linearizer, Structure
+from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.weight_prior import WeightPrior
+from bayesgn.rules import Laplace
+
+logger = logging.getLogger("bayesgn.models")
+
+COLUMNS = 1280  # data × columns of one backward: keeps δ of a small conv net below ~100 MB
+
+
+class Network:
+    """p(f) of a trained net: f(x) ≈ f(x; θ*) + J(x) (θ − θ*) with θ ~ N(prior mean, P⁻¹).
+
+    Args:
+        net: a trained ``torch.nn.Module`` whose output's first dimension runs over data. It is never changed.
+        prior: the Gaussian over its weights; ``WeightPrior(1.0)`` unless given.
+        structure: how the GGN is kept: ``ggn.Kron``, ``ggn.Full``, … (a class, or an instance with options).
+        parameters: which weights are uncertain: ``None`` for all that require grad, ``bgn.last_layer(net)``, a list of
+            names, or ``{name: mask}``.
+        use_backpack: ``None`` (where it is no slower), ``True`` (wherever it can) or ``False``.
+
+    Raises:
+        ValueError: for a frozen net, an empty or unknown subset, a prior that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from bayesgn import ggn, models
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> models.Network(net, structure=ggn.Full)
+        Network(Sequential, 33 weights in 2 blocks, Full(), WeightPrior(precision=1))
+
+    Source: Khan et al. (2019), "Approximate inference turns deep networks into Gaussian processes"; Immer et al. (2021),
+    "Improving predictions of Bayesian neural nets via local linearization".
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        prior: WeightPrior | None = None,
+        structure: Structure | type[Structure] = Kron,
+        parameters: Iterable[str] | Selection | None = None,
+        use_backpack: bool | None = None,
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net is a {type(net).__name__}; expected a torch.nn.Module.")
+        if isinstance(prior, (int, float)):
+            raise TypeError(f"prior={prior!r}; pass models.WeightPrior({prior!r}).")
+        self.structure = structure() if isinstance(structure, type) else structure
+        if not isinstance(self.structure, Structure):
+            raise TypeError(f"structure={structure!r}; expected a structure such as ggn.Kron or ggn.LowRank(rank=100).")
+        self.net = net
+        self.vector = ParameterVector.of(net, parameters)
+        self.linearizer = Linearizer(net, self.vector, use_backpack)
+        self.prior = WeightPrior(1.0) if prior is None else prior
+        self.prior.of(self.linearizer.blocks)  # fits these blocks, or says why not
+        if net.training:
+            warnings.warn(
+                f"{type(net).__name__} is in train mode; bayesgn evaluates it in eval mode (dropout off, BatchNorm by its "
+                "running statistics) and leaves the mode as it came. Call net.eval() to silence this.",
+                stacklevel=2,
+            )
+
+    def condition(
+        self,
+        data: Any,
+        likelihood,
+        rule: Laplace | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool | None = None,
+    ) -> NetworkPosterior:
+        """The posterior after one turn of ``rule`` over ``data`` at the trained weights."""
+        rule = Laplace() if rule is None else rule
+        like = next(iter(self.vector.tensors(self.net).values()))
+        stream = Stream(self.linearizer, likelihood, rule, data, generator, progress)
+        stream.begin()
+        curvature = self.structure.start(self.linearizer.blocks, like)
+        curvature.fit(stream)
+        return NetworkPosterior(
+            self.linearizer,
+            curvature,
+            copy.deepcopy(likelihood),
+            copy.deepcopy(self.prior),
+            rule,
+            stream.statistics,
+            stream.count,
+            structure=self.structure,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Network({type(self.net).__name__}, {self.vector.numel} weights in {len(self.linearizer.blocks)} blocks, "
+            f"{self.structure}, {self.prior})"
+        )
+
+
+class Stream:
+    """Batches as (linearization, S), checked; the likelihood's statistics and the data seen are noted on the first walk.
+
+    A second walk gives the same batches and the same random S; it needs data that can be walked twice.
+    """
+
+    def __init__(
+        self,
+        linearizer: Linearizer,
+        likelihood,
+        rule: Laplace,
+        data: Any,
+        generator: torch.Generator | None = None,
+        progress: bool | None = None,
+        skip: int = 0,
+    ) -> None:
+        self.linearizer, self.likelihood, self.rule = linearizer, likelihood, rule
+        self.data = _data.batches(data)
+        self.once_only = isinstance(self.data, Iterator)
+        self.generator, self.progress, self.skip = generator, progress, skip
+        self._seed = None if generator is None else generator.get_state()
+        self.walks = 0
+        self.count = 0  # data seen
+        self.statistics: dict[str, Tensor] = {}
+
+    def begin(self) -> None:
+        """Plan the linearizer on the first batch, so that blocks are settled before a structure starts."""
+        if not self.once_only:
+            for x, _ in self.data:
+                _data.check_finite(x, "x")
+                self.linearizer.prepare(x, self.likelihood.rows)
+                return
+            raise ValueError("the loader gave no batch (0 data); there is nothing to condition on.")
+        first = next(self.data, None)  # type: ignore[arg-type]
+        if first is None:
+            raise ValueError("the iterator gave no batch: it is empty or was walked before. Pass a DataLoader or a list of batches.")
+        self.linearizer.prepare(first[0], self.likelihood.rows)
+        rest = self.data
+
+        def chained() -> Iterator:
+            yield first
+            yield from rest
+
+        self.data = chained()
+
+    def __iter__(self) -> Iterator[tuple[Linearization, Tensor]]:
+        if self.walks and self.once_only:
+            raise ValueError(
+                "this structure walks the data more than once, but an iterator can be walked once; pass a DataLoader, a list "
+                "of batches or a pair of tensors."
+            )
+        if self.walks and self.generator is not None:
+            self.generator.set_state(self._seed)
+        first_walk, self.walks = self.walks == 0, self.walks + 1
+        scale = self.rule.curvature.scale(self.likelihood).detach()
+        for x, y in self._bar():
+            _data.check_finite(x, "x")
+            size = max(1, COLUMNS // self.rule.curvature.columns(self.linearizer.r))
+            for start, part in _data.split(x, size):
+                lin = self.linearizer(part, self.likelihood.rows)
+                f, target = lin.output, y[start : start + lin.n].to(lin.output.device)
+                self.likelihood.validate(f, target)
+                with torch.no_grad():
+                    S = self.rule.root(self.likelihood, f, target, self.generator) / scale.sqrt().to(f.dtype)
+                    if first_walk:
+                        self._note(f, target)
+                yield lin, S
+        if first_walk and self.count == 0:
+            raise ValueError("the loader gave no data (0 rows); there is nothing to condition on.")
+
+    def _note(self, f: Tensor, y: Tensor) -> None:
+        self.count += f.shape[0]
+        for name, value in self.likelihood.statistics(f, y).items():
+            self.statistics[name] = self.statistics[name] + value if name in self.statistics else value
+
+    def _bar(self) -> Iterable:
+        if self.progress is False:
+            return self.data
+        from tqdm.auto import tqdm
+
+        # Shown on its own only for work that takes longer than two seconds.
+        return tqdm(self.data, desc="curvature", unit="batch", leave=False, delay=0 if self.progress else 2)

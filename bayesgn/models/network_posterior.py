@@ -1,0 +1,310 @@
+"""The Gaussian posterior of a network: weight space, linearised function space, evidence."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from bayesgn import _data
+from bayesgn._psd import safe_cholesky
+from bayesgn.ggn.factors import Factors
+from bayesgn.ggn.linearization import Linearizer, at_rest, call
+from bayesgn.ggn.structure import Curvature, Precision, Structure, randn, working
+from bayesgn.models.posterior import Posterior, StalePosteriorError
+from bayesgn.models.weight_prior import WeightPrior
+
+OUTPUTS = 1280  # data × outputs linearised at once when predicting
+
+
+class NetworkPosterior(Posterior):
+    """q(θ) = N(θ*, (s H + P)⁻¹) and the linearised functions it implies, f(x) ~ N(f(x; θ*), J (s H + P)⁻¹ Jᵀ).
+
+    Made by ``bgn.laplace`` or ``Network.condition``. It owns copies of the likelihood and prior: change or tune *these*
+    (``posterior.prior.precision = 3.0``) and every answer follows; H is kept at unit noise.
+
+    Attributes:
+        net: the user's net, untouched.
+        likelihood, prior: own copies, with the hyper-parameters as ``nn.Parameter`` s.
+        mean: θ* of the selected weights [p].
+        num_data: data seen.
+    """
+
+    def __init__(
+        self,
+        linearizer: Linearizer,
+        curvature: Curvature,
+        likelihood,
+        prior: WeightPrior,
+        rule,
+        statistics: dict[str, Tensor],
+        num_data: int,
+        structure: Structure,
+    ) -> None:
+        self.linearizer, self.curvature, self.structure = linearizer, curvature, structure
+        self.likelihood, self.prior, self.rule = likelihood, prior, rule
+        self.statistics, self.num_data = statistics, num_data
+        self.mean = linearizer.vector.flatten(linearizer.net)
+        like = self.mean
+        self.prior.to(like.device)
+        self.likelihood.to(like.device)
+        self.deviation = (self.mean - self.prior.mean_vector(linearizer.vector, like)).to(torch.float64)  # θ* − μ
+        self._seen = _versions(self.net)
+        self._print = fingerprint(self.net)
+        self._cached: tuple[Any, Precision] | None = None
+
+    @property
+    def net(self) -> nn.Module:
+        """The network, as the user left it."""
+        return self.linearizer.net
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def precision(self) -> Precision:
+        """scale · H + P at the present hyper-parameters, with a graph to them."""
+        blocks = self.curvature.blocks
+        return self.curvature.with_prior(self.prior.of(blocks), self.rule.curvature.scale(self.likelihood).double())
+
+    def _settled(self) -> Precision:
+        """The same without a graph, kept until a hyper-parameter or H changes."""
+        parameters = [*self.prior.parameters(), *self.likelihood.parameters()]
+        key = (self.num_data, *(p._version for p in parameters), *(id(p) for p in parameters))
+        if self._cached is None or self._cached[0] != key:
+            with torch.no_grad():
+                self._cached = (key, self.precision())
+        return self._cached[1]
+
+    def weight_variance(self) -> Tensor:
+        """Marginal posterior variances of the weights [p]."""
+        return self._settled().diagonal()
+
+    def sample_weights(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Draws from q(θ) [n p], in the order of ``posterior.linearizer.vector.names``."""
+        return self.mean + self._settled().sample(n, generator).to(self.mean)
+
+    # -- function space --------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Any):
+        """N(f(x; θ*), J Σ Jᵀ) over all data and outputs, a gpytorch ``MultitaskMultivariateNormal``; covariance is lazy.
+
+        Where x requires grad, mean, variances and covariance carry gradients to it.
+        """
+        from bayesgn.models.function_gaussian import FunctionGaussian
+
+        self.check_fresh()
+        _data.check_finite(x, "x")
+        answer = _Answer(self, x)
+        mean = answer.mean()
+        return FunctionGaussian(mean.reshape(-1, mean.shape[-1]), answer, tuple(mean.shape[1:-1]))
+
+    def sample_functions(self, n: int = 1, generator: torch.Generator | None = None) -> Callable[[Any], Tensor]:
+        """n draws of whole (linearised) functions: the answer maps x to [n n_data *positions c], the same draws at every call.
+
+            f_s(x) = f(x; θ*) + J(x) (θ_s − θ*),   θ_s ~ q
+        """
+        deviations = self._settled().sample(n, generator)
+
+        def functions(x: Any) -> Tensor:
+            self.check_fresh()
+            out = []
+            for part in self._parts(x):
+                lin = self.linearizer(part, self.likelihood.rows)
+                change = sum(
+                    f.to(torch.float64).matvec(deviations[:, b.where].mT)
+                    for f, b in zip(lin.factors(), lin.blocks, strict=True)
+                )
+                f = lin.output.double().flatten(1)[..., None] + change  # [n r s]
+                out.append(f.movedim(-1, 0).unflatten(2, lin.output.shape[1:]).to(working(lin.output.dtype)))
+            return torch.cat(out, dim=1)
+
+        return functions
+
+    # -- weight space ----------------------------------------------------------------------------------------------
+
+    def sample_outputs(self, x: Any, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """The net itself at n draws of its weights [n n_data *positions c]: the weight-space view (BNN Monte Carlo).
+
+        For a curved net this is not the linearised answer; Immer et al. (2021) show it underfits under a GGN posterior.
+        """
+        self.check_fresh()
+        x = self.linearizer._place(x)
+        rows = self.likelihood.rows
+        out = []
+        with at_rest(self.net, {}), torch.no_grad():
+            for θ in self.sample_weights(n, generator):
+                weights = self.linearizer.vector.unflatten(θ, self.net)
+                out.append(rows(call(_At(self.net, weights), x)))
+        return torch.stack(out)
+
+    # -- evidence --------------------------------------------------------------------------------------------------
+
+    def log_evidence(self) -> Tensor:
+        """log p(y) by Laplace's method, in nats, differentiable in prior precision(s) and noise.
+
+            log p(y|θ*) + log N(θ*; μ, P⁻¹) + p/2 log 2π − 1/2 log det(s H + P)
+
+        Source: MacKay (1992); Immer et al. (2021), "Scalable marginal likelihood estimation", eq. 6.
+        """
+        blocks = self.curvature.blocks
+        prior = self.prior.of(blocks)
+        quadratic = sum(
+            (p * self.deviation[b.where].square()).sum() for p, b in zip(prior, blocks, strict=True)
+        )
+        logdet_prior = sum(p.log() * b.numel if p.dim() == 0 else p.log().sum() for p, b in zip(prior, blocks, strict=True))
+        return self.log_likelihood() - 0.5 * quadratic + 0.5 * logdet_prior - 0.5 * self.precision().logdet()
+
+    def log_likelihood(self) -> Tensor:
+        """Σ log p(y_n | f(x_n; θ*)) over the data seen."""
+        return self.likelihood.log_prob_of(self.statistics).double()
+
+    def hyperparameters(self) -> list[nn.Parameter]:
+        """What the evidence can tune over the same H: prior precision(s), and the noise where H scales with it."""
+        out = list(self.prior.parameters())
+        scale = self.rule.curvature.scale(self.likelihood)
+        if scale.requires_grad:
+            out += [p for p in self.likelihood.parameters() if p.requires_grad]
+        return out
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Mean, H, statistics and hyper-parameters, all tensors."""
+        out = {"mean": self.mean, "deviation": self.deviation}
+        out |= {f"curvature.{k}": v for k, v in self.curvature.tensors().items()}
+        out |= {f"statistics.{k}": v for k, v in self.statistics.items()}
+        out |= {f"prior.{k}": v.detach() for k, v in self.prior.state_dict().items()}
+        out |= {f"likelihood.{k}": v.detach() for k, v in self.likelihood.state_dict().items()}
+        return out
+
+    def check_fresh(self) -> None:
+        """Raise :class:`StalePosteriorError` when the net's weights are no longer those the posterior was made at."""
+        versions = _versions(self.net)
+        if versions == self._seen:
+            return
+        if fingerprint(self.net) != self._print:
+            raise StalePosteriorError(
+                f"the weights or buffers of {type(self.net).__name__} changed after the posterior was made; its curvature belongs "
+                "to the old ones. Fit again, or load the old weights back."
+            )
+        self._seen = versions
+
+    def _parts(self, x: Any) -> Iterator[Any]:
+        x = self.linearizer._place(x)
+        self.linearizer.plan(x, self.likelihood.rows)
+        for _, part in _data.split(x, max(1, OUTPUTS // self.linearizer.r)):
+            yield part
+
+    def __repr__(self) -> str:
+        return (
+            f"NetworkPosterior({type(self.net).__name__}, {len(self.mean)} weights, {self.structure}, {self.num_data} data, "
+            f"{self.prior}, {self.likelihood})"
+        )
+
+
+class _At(nn.Module):
+    """A net at other weights, for the length of a call."""
+
+    def __init__(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._call = (net, weights)  # in a tuple: not registered as a submodule
+        self.forward = lambda *args, **kwargs: functional_call(net, weights, args, kwargs)  # type: ignore[method-assign]
+
+
+class _Answer:
+    """The covariance of one call of a posterior, worked out when asked for; hyper-parameters as they were at the call."""
+
+    def __init__(self, posterior: NetworkPosterior, x: Any) -> None:
+        self.posterior, self.x = posterior, x
+        self.differentiable = any(t.requires_grad for t in _data.tensors(x)) and torch.is_grad_enabled()
+        self.settled = posterior._settled()
+        self._mean: Tensor | None = None
+        self._blocks: Tensor | None = None
+        self._dense: Tensor | None = None
+
+    def mean(self) -> Tensor:
+        """[n *positions c]"""
+        if self._mean is None:
+            linearizer, rows = self.posterior.linearizer, self.posterior.likelihood.rows
+            if self.differentiable:
+                with at_rest(linearizer.net, {}):
+                    f = rows(call(linearizer.net, linearizer._place(self.x)))
+            else:
+                f = linearizer.evaluate(self.x, rows)
+            _check_output(f)
+            self._mean = f.to(working(f.dtype))
+        return self._mean
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and outputs."""
+        mean = self.mean()
+        return mean[..., 0].numel(), mean.shape[-1]
+
+    def blocks(self) -> Tensor:
+        """Covariance within each row [N c c]."""
+        if self._blocks is None:
+            self._blocks = torch.cat([self._blocks_of(lin) for lin in self._linearizations()]).to(self.mean().dtype)
+        return self._blocks
+
+    def _blocks_of(self, lin) -> Tensor:
+        c = lin.output.shape[-1]
+        if lin.r == c:
+            return self._covariance(lin.factors())
+        out = []  # one position at a time: columns of the others would be thrown away
+        eye = torch.eye(lin.r, dtype=lin.output.dtype, device=lin.output.device)
+        for start in range(0, lin.r, c):
+            out.append(self._covariance(lin.factors(eye[:, start : start + c].expand(lin.n, -1, -1))))
+        return torch.stack(out, dim=1).flatten(0, 1)
+
+    def _covariance(self, factors: list[Factors]) -> Tensor:
+        covariance = self.settled.covariance(factors)
+        return 0.5 * (covariance + covariance.mT)
+
+    def dense(self, jitter: bool = False) -> Tensor:
+        """Joint covariance [N c, N c]."""
+        if self._dense is None:
+            parts = [lin.factors() for lin in self._linearizations()]
+            rows = [torch.cat([self.settled.joint(a, b) for b in parts], dim=1) for a in parts]
+            joint = torch.cat(rows)
+            self._dense = (0.5 * (joint + joint.mT)).to(self.mean().dtype)
+        if jitter:
+            L = safe_cholesky(self._dense)
+            return L @ L.mT
+        return self._dense
+
+    def draw(self, mean: Tensor, shape: torch.Size, base: Tensor | None) -> Tensor:
+        """Joint draws of [N c] by an exact root of the dense covariance."""
+        L = safe_cholesky(self.dense().double())
+        ε = randn((*shape, L.shape[0]), L, None) if base is None else base.reshape(*shape, -1).to(L)
+        return mean + (ε @ L.mT).unflatten(-1, mean.shape).to(mean)
+
+    def _linearizations(self) -> Iterator:
+        posterior = self.posterior
+        if self.differentiable:
+            x = posterior.linearizer._place(self.x)
+            yield posterior.linearizer(x, posterior.likelihood.rows, differentiable=True)
+            return
+        for part in posterior._parts(self.x):
+            yield posterior.linearizer(part, posterior.likelihood.rows)
+
+
+def _check_output(f: Tensor) -> None:
+    _data.check_finite(f, "the net's output")
+
+
+def _versions(net: nn.Module) -> tuple:
+    return tuple((id(t), t._version) for t in (*net.parameters(), *net.buffers()))
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A hash of names, shapes, dtypes and values of a net's parameters and buffers."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, t in sorted({**dict(net.named_parameters()), **dict(net.named_buffers())}.items()):
+        digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
+        if not t.is_meta:
+            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

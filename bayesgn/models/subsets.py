@@ -1,0 +1,86 @@
+"""Which weights are uncertain: the last layer, named ones, or masks. Pass the answer as ``Network(net, parameters=…)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bayesgn._parameters import ParameterVector
+
+Subset = dict[str, "Tensor | None"]
+
+
+def last_layer(net: nn.Module) -> Subset:
+    """The parameters of the last module that owns any, in the order they are registered.
+
+    Example:
+        >>> from torch import nn
+        >>> list(last_layer(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))))
+        ['2.weight', '2.bias']
+    """
+    owners: dict[str, list[str]] = {}
+    for name, p in net.named_parameters():
+        if p.is_floating_point():
+            owners.setdefault(name.rpartition(".")[0], []).append(name)
+    if not owners:
+        raise ValueError(f"{type(net).__name__} has no parameters, so no last layer.")
+    return {name: None for name in owners[list(owners)[-1]]}
+
+
+def named(net: nn.Module, *prefixes: str) -> Subset:
+    """All parameters whose name equals or lies under one of ``prefixes`` (``"encoder.layer.5"``).
+
+    Raises:
+        ValueError: when a prefix matches nothing.
+    """
+    out: Subset = {}
+    for prefix in prefixes:
+        found = [n for n, _ in net.named_parameters() if n == prefix or n.startswith(prefix + ".")]
+        if not found:
+            raise ValueError(f"no parameter is named {prefix!r} or lies under it; the net has {[n for n, _ in net.named_parameters()]}.")
+        out.update({n: None for n in found})
+    return out
+
+
+def magnitude(net: nn.Module, count: int) -> Subset:
+    """Masks of the ``count`` weights largest in absolute value."""
+    return _top(net, {n: p.detach().abs() for n, p in _trainable(net).items()}, count)
+
+
+def largest_variance(net: nn.Module, variances: Tensor, count: int) -> Subset:
+    """Masks of the ``count`` weights with the largest posterior variance.
+
+    Args:
+        variances: marginal variances [p] of all trainable weights, as ``posterior.weight_variance()`` of a cheap
+            (``ggn.Diag``) posterior gives them.
+
+    Source: Daxberger et al. (2021), "Bayesian deep learning via subnetwork inference".
+    """
+    vector = ParameterVector.of(net)
+    scores = {n: part.reshape(s) for (n, part), s in zip(vector.split(variances).items(), vector.shapes, strict=True)}
+    return _top(net, scores, count)
+
+
+def random_subset(net: nn.Module, count: int, generator: torch.Generator | None = None) -> Subset:
+    """Masks of ``count`` weights drawn at random."""
+    scores = {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in _trainable(net).items()}
+    return _top(net, scores, count)
+
+
+def _trainable(net: nn.Module) -> dict[str, Tensor]:
+    return {n: p for n, p in net.named_parameters() if p.requires_grad and p.is_floating_point()}
+
+
+def _top(net: nn.Module, scores: dict[str, Tensor], count: int) -> Subset:
+    flat = torch.cat([s.reshape(-1) for s in scores.values()])
+    if not 1 <= count <= len(flat):
+        raise ValueError(f"count={count}; expected between 1 and the {len(flat)} trainable weights of the net.")
+    chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
+    chosen[flat.topk(count).indices] = True
+    parts: Sequence[Tensor] = chosen.split([s.numel() for s in scores.values()])
+    masks = {n: part.reshape(s.shape) for (n, s), part in zip(scores.items(), parts, strict=True)}
+    return {n: mask for n, mask in masks.items() if bool(mask.any())}
+
+

@@ -1,0 +1,336 @@
+"""Figures: predictive bands, decision and confidence maps, reliability, evidence traces, spectra.
+
+Every function draws on the Axes it is given and returns it. With `ax=None` it makes a figure of its own that pyplot does not know, so nothing is left
+open: `ax.figure.savefig("band.png")` writes it, and a notebook shows `ax.figure`. matplotlib is imported on the first call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from bayesgn import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe & Ito (2008): distinct for every kind of colour vision, and in grey.
+BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#666666"
+_CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+
+
+def _axes(ax: Axes | None, size: tuple[float, float] = (5.0, 3.5)) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    return figure.subplots()
+
+
+def _array(t: Tensor | Sequence[float]) -> Any:
+    return torch.as_tensor(t).detach().to("cpu", torch.float64).numpy()
+
+
+def _column(x: Tensor, what: str) -> Tensor:
+    x = torch.as_tensor(x).detach()
+    if x.ndim == 2 and x.shape[1] == 1:
+        x = x[:, 0]
+    if x.ndim != 1:
+        raise ValueError(f"{what} has shape {list(x.shape)}; expected [n] or [n 1], one real number a datum")
+    return x
+
+
+def _finish(ax: Axes, xlabel: str, ylabel: str, legend: bool = True) -> Axes:
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if legend and ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def predictive_band(
+    x: Tensor,
+    f: Distribution,
+    y: Distribution | None = None,
+    data: tuple[Tensor, Tensor] | None = None,
+    truth: Tensor | None = None,
+    level: float = 0.95,
+    xlabel: str = "x",
+    ylabel: str = "y",
+    ax: Axes | None = None,
+) -> Axes:
+    """A regression's mean with its central intervals: of the function (epistemic) inside that of the observations (total).
+
+    Args:
+        x: inputs [n] or [n 1], in any order.
+        f: the distribution of the function values at x, as `posterior(x)` gives it; one output.
+        y: the predictive of the observations, `likelihood(f)`: adds the outer band.
+        data: observations (x [m], y [m]) to draw as points.
+        truth: the true function at x, where it is known.
+        xlabel, ylabel: axis labels; give the units ("time after impact / ms").
+
+    Example:
+        >>> x = torch.linspace(0, 1, 5)
+        >>> f = torch.distributions.Normal(x, 0.1 + 0 * x)
+        >>> predictive_band(x, f, xlabel="time / ms", ylabel="acceleration / g").get_xlabel()
+        'time / ms'
+    """
+    ax = _axes(ax)
+    x = _column(x, "x")
+    order = x.argsort()
+    grid = _array(x[order])
+    at = lambda t: _array(_column(t, "the predictive")[order])
+    if f.mean.numel() != len(x):
+        raise ValueError(f"f has {list(f.mean.shape)} values and x has {len(x)} inputs; expected one output an input")
+    percent = f"{100 * level:g} %"
+    if y is not None:
+        lower, upper = metrics.interval(y, level)
+        ax.fill_between(grid, at(lower), at(upper), color=BLUE, alpha=0.15, linewidth=0, label=f"observation, {percent}")
+    lower, upper = metrics.interval(f, level)
+    ax.fill_between(grid, at(lower), at(upper), color=BLUE, alpha=0.35, linewidth=0, label=f"function, {percent}")
+    ax.plot(grid, at(f.mean), color=BLUE, label="mean")
+    if truth is not None:
+        ax.plot(grid, at(truth), color=GREY, linestyle="--", linewidth=1, label="truth")
+    if data is not None:
+        ax.plot(_array(_column(data[0], "data x")), _array(_column(data[1], "data y")), "k.", markersize=3, label="data")
+    return _finish(ax, xlabel, ylabel)
+
+
+# -- maps over two inputs ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _grid(
+    x: Tensor | None, bounds: tuple[float, float, float, float] | None, resolution: int
+) -> tuple[Tensor, tuple[float, float, float, float]]:
+    if bounds is None:
+        if x is None:
+            raise ValueError("neither data x nor bounds=(x0, x1, y0, y1) were given; the map needs one of them to know its extent")
+        if x.ndim != 2 or x.shape[1] != 2:
+            raise ValueError(f"x has shape {list(x.shape)}; a map needs two inputs a datum, [n 2]")
+        low, high = x.min(0).values, x.max(0).values
+        pad = 0.5 * (high - low)  # beyond the data, where confidence should fall
+        (left, bottom), (right, top) = (low - pad).tolist(), (high + pad).tolist()
+        bounds = (left, right, bottom, top)
+    like = {} if x is None else {"dtype": x.dtype, "device": x.device}
+    across = torch.linspace(bounds[0], bounds[1], resolution, **like)
+    up = torch.linspace(bounds[2], bounds[3], resolution, **like)
+    # Row i of the image is the i-th value upwards, so `origin="lower"`.
+    return torch.stack(torch.meshgrid(across, up, indexing="xy"), -1).reshape(-1, 2), bounds
+
+
+def _map_probabilities(predict: Callable[[Tensor], Distribution], points: Tensor, resolution: int) -> Tensor:
+    with torch.no_grad():
+        p = torch.cat([metrics.probabilities(predict(part)) for part in points.split(4096)])
+    if p.ndim == 3 and p.shape[1] == 1:  # a Bernoulli with one output, [n 1]
+        p = p[:, 0]
+    if p.ndim != 2:
+        raise ValueError(f"the predictive has probabilities of shape {list(p.shape)}; a map draws one class variable, [n k]")
+    return p.reshape(resolution, resolution, -1).cpu()
+
+
+def _scatter(ax: Axes, x: Tensor | None, y: Tensor | None) -> None:
+    if x is None:
+        return
+    labels = torch.zeros(len(x)) if y is None else y.flatten()
+    for k in labels.unique():
+        part = _array(x[labels == k])
+        name = None if y is None else f"class {int(k)}"
+        colour = GREY if y is None else _CYCLE[int(k) % len(_CYCLE)]
+        ax.plot(part[:, 0], part[:, 1], "o", color=colour, markersize=3.5, markeredgecolor="white", markeredgewidth=0.5, label=name)
+
+
+def confidence_map(
+    predict: Callable[[Tensor], Distribution],
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+    bounds: tuple[float, float, float, float] | None = None,
+    resolution: int = 100,
+    xlabel: str = "input 1",
+    ylabel: str = "input 2",
+    ax: Axes | None = None,
+) -> Axes:
+    """The confidence max_k p(y = k | x) over a plane of two inputs, with the data on it: where does the model know that it does not know?
+
+    Args:
+        predict: inputs [m 2] to a predictive over classes, such as `lambda x: posterior.likelihood(posterior(x))`.
+        x, y: data to draw, [n 2] and class numbers [n]; x also sets the extent unless `bounds` does.
+        bounds: (left, right, bottom, top).
+        resolution: points along each side.
+
+    Example:
+        >>> predict = lambda x: torch.distributions.Bernoulli(logits=x[:, 0])
+        >>> confidence_map(predict, bounds=(-1, 1, -1, 1), resolution=5).images[0].get_array().shape
+        (5, 5)
+    """
+    ax = _axes(ax, (5.0, 4.0))
+    points, bounds = _grid(x, bounds, resolution)
+    p = _map_probabilities(predict, points, resolution)
+    k = p.shape[-1]
+    image = ax.imshow(_array(p.max(-1).values), extent=bounds, origin="lower", aspect="auto", cmap="cividis", vmin=1 / k, vmax=1)
+    ax.figure.colorbar(image, ax=ax, label="confidence")
+    _scatter(ax, x, y)
+    ax.set(xlim=bounds[:2], ylim=bounds[2:])
+    return _finish(ax, xlabel, ylabel)
+
+
+def decision_map(
+    predict: Callable[[Tensor], Distribution],
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+    bounds: tuple[float, float, float, float] | None = None,
+    resolution: int = 100,
+    xlabel: str = "input 1",
+    ylabel: str = "input 2",
+    ax: Axes | None = None,
+) -> Axes:
+    """The most probable class over a plane of two inputs, in a colour that pales to white as the confidence falls to 1/k.
+
+    Arguments as for `confidence_map`.
+
+    Example:
+        >>> predict = lambda x: torch.distributions.Bernoulli(logits=x[:, 0])
+        >>> decision_map(predict, bounds=(-1, 1, -1, 1), resolution=5).images[0].get_array().shape
+        (5, 5, 3)
+    """
+    from matplotlib.colors import to_rgb
+
+    ax = _axes(ax, (4.5, 4.0))
+    points, bounds = _grid(x, bounds, resolution)
+    p = _map_probabilities(predict, points, resolution)
+    k = p.shape[-1]
+    sure, chosen = p.double().max(-1)
+    strength = 0.75 * ((sure - 1 / k) / (1 - 1 / k)).clamp(0, 1).unsqueeze(-1)
+    colours = torch.tensor([to_rgb(_CYCLE[i % len(_CYCLE)]) for i in range(k)], dtype=torch.float64)
+    ax.imshow(_array(1 - strength * (1 - colours[chosen])), extent=bounds, origin="lower", aspect="auto", interpolation="nearest")
+    _scatter(ax, x, y)
+    ax.set(xlim=bounds[:2], ylim=bounds[2:])
+    return _finish(ax, xlabel, ylabel)
+
+
+# -- calibration -------------------------------------------------------------------------------------------------------------------------------------
+
+
+def reliability_diagram(
+    predictions: Mapping[str, Distribution] | Distribution,
+    target: Tensor,
+    bins: int = 10,
+    ignore_index: int | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Accuracy against confidence: on the diagonal is calibrated, below it overconfident. The area of a marker is the share of data in its bin.
+
+    Args:
+        predictions: a predictive over classes, or several by name ({"MAP": …, "Laplace": …}); the legend gives each one's ECE in the same bins.
+        target: class numbers.
+
+    Example:
+        >>> y = torch.distributions.Categorical(torch.tensor([[0.7, 0.3], [0.9, 0.1]]))
+        >>> reliability_diagram(y, torch.tensor([1, 0]), bins=2).get_xlabel()
+        'confidence'
+    """
+    ax = _axes(ax, (4.0, 4.0))
+    named = {"": predictions} if isinstance(predictions, Distribution) else predictions
+    ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
+    for (name, y), colour in zip(named.items(), _CYCLE * len(named)):
+        curve = metrics.reliability(y, target, bins, ignore_index)
+        share = curve.count / curve.count.sum()
+        error = float((share * (curve.accuracy - curve.confidence).abs()).nansum())
+        filled = curve.count > 0
+        across, up = _array(curve.confidence[filled]), _array(curve.accuracy[filled])
+        label = f"{name} (ECE {100 * error:.1f} %)".strip()
+        ax.plot(across, up, color=colour, linewidth=1.2, label=label)
+        ax.scatter(across, up, s=8 + 150 * _array(share[filled]), color=colour, alpha=0.7, linewidths=0)
+    ax.set(xlim=(0, 1), ylim=(0, 1.02))
+    return _finish(ax, "confidence", "accuracy")
+
+
+def confidence_histogram(
+    in_distribution: Distribution, out_of_distribution: Distribution, bins: int = 20, title: str = "", ax: Axes | None = None
+) -> Axes:
+    """How confident the predictive is on inputs of the training kind and on others, as fractions of each group in equal bins of max_k p_k.
+
+    The legend gives the AUROC of 1 − confidence.
+
+    Example:
+        >>> y = torch.distributions.Bernoulli(torch.tensor([0.9, 0.1, 0.5]))
+        >>> len(confidence_histogram(y, y, bins=4).patches)
+        2
+    """
+    ax = _axes(ax)
+    groups = [metrics.confidence(y).flatten().double() for y in (in_distribution, out_of_distribution)]
+    auroc = float(metrics.auroc_ood(*(1 - group for group in groups)))
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    for group, colour, label in zip(groups, (BLUE, ORANGE), ("in distribution", f"out of distribution (AUROC {auroc:.3f})")):
+        share = torch.histc(group.cpu().clamp(0, 1), bins, 0, 1) / group.numel()
+        ax.stairs(_array(share), _array(edges), color=colour, fill=True, alpha=0.5, label=label)
+    ax.set(xlim=(0, 1), title=title)
+    return _finish(ax, "confidence", "fraction of inputs")
+
+
+# -- evidence and curvature --------------------------------------------------------------------------------------------------------------------------
+
+
+def evidence_trace(
+    history: Mapping[str, Sequence[float]] | Sequence[float], xlabel: str = "step", best: bool = True, ax: Axes | None = None
+) -> Axes:
+    """The log evidence, in nats, step by step; a dot marks the best one.
+
+    Args:
+        history: the values of one run, or of several by name.
+
+    Example:
+        >>> evidence_trace([-30.0, -12.0, -11.5]).get_ylabel()
+        'log evidence / nats'
+    """
+    ax = _axes(ax)
+    named = history if isinstance(history, Mapping) else {"": history}
+    for (name, values), colour in zip(named.items(), _CYCLE * len(named)):
+        values = _column(torch.as_tensor(values, dtype=torch.float64), "history")
+        ax.plot(range(len(values)), _array(values), color=colour, label=name or None)
+        finite = values.nan_to_num(nan=-torch.inf)
+        if best and len(values) and finite.max().isfinite():
+            at = int(finite.argmax())
+            ax.plot([at], [float(values[at])], "o", color=colour, markersize=5)
+    return _finish(ax, xlabel, "log evidence / nats")
+
+
+def eigenvalue_spectrum(
+    eigenvalues: Mapping[str, Tensor] | Tensor, prior_precision: float | None = None, ax: Axes | None = None
+) -> Axes:
+    """The eigenvalues λ of the curvature H, largest first, on logarithmic axes, against the prior precision δ.
+
+    What lies above the line was learnt from the data: the legend gives the effective number of parameters γ = Σ λ / (λ + δ) (MacKay 1992, eq. 4.7).
+    Eigenvalues that are zero or negative (rounding) have no place on a logarithmic axis and are left out; the legend counts those that are drawn.
+
+    Args:
+        eigenvalues: [p] in any order, or several by name.
+        prior_precision: δ, an inverse variance.
+
+    Example:
+        >>> ax = eigenvalue_spectrum(torch.tensor([1.0, 100.0, 0.0]), prior_precision=1.0)
+        >>> ax.get_legend_handles_labels()[1]
+        ['2 of 3 positive, γ = 1.5', 'prior precision']
+    """
+    ax = _axes(ax)
+    named = {"": eigenvalues} if isinstance(eigenvalues, Tensor) else eigenvalues
+    for (name, values), colour in zip(named.items(), _CYCLE * len(named)):
+        values = _column(values, "eigenvalues").double()
+        drawn = values[values > 0].sort(descending=True).values
+        label = f"{name}: " if name else ""
+        label += f"{len(drawn)} of {len(values)} positive"
+        if prior_precision is not None:
+            label += f", γ = {float((drawn / (drawn + prior_precision)).sum()):.1f}"
+        ax.plot(range(1, len(drawn) + 1), _array(drawn), color=colour, marker=".", markersize=3, linewidth=1, label=label)
+    if prior_precision is not None:
+        ax.axhline(prior_precision, color=GREY, linestyle="--", linewidth=1, label="prior precision")
+    ax.set(xscale="log", yscale="log")
+    return _finish(ax, "rank", "eigenvalue of H")

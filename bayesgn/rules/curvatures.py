@@ -1,0 +1,120 @@
+"""Curvatures: which positive semi-definite Λ stands for the loss at one datum. Λ = S Sᵀ is handed on as its root S."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bayesgn._psd import eigclip, psd_root
+
+
+class Curvature(ABC):
+    """Λ at latent values f [n *positions c] and targets y."""
+
+    @abstractmethod
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """S [n r k] with Λ_n = S Sᵀ over all r = positions · c outputs of a datum."""
+
+    def columns(self, r: int) -> int:
+        """Columns of S for a datum with r outputs."""
+        return r
+
+    def scale(self, likelihood) -> Tensor:
+        """s with Λ = s · (a matrix that does not depend on the likelihood's parameters): lets noise be tuned over the same H."""
+        return likelihood.ggn_scale()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in sorted(vars(self).items()))
+        return f"{type(self).__name__}({options})"
+
+
+class GaussNewton(Curvature):
+    """The generalised Gauss-Newton matrix, the Fisher information of the likelihood.
+
+        Λ = E_{y ~ p(y|f)}[ −∂² log p(y|f) / ∂f² ]
+
+    Equal to the Hessian for exponential families in their natural parameter (Gaussian, softmax, Poisson with log link).
+    Source: Schraudolph (2002); Martens (2020), sec. 9.
+    """
+
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return over_positions(likelihood.ggn_root(f, y))
+
+
+class Exact(Curvature):
+    """The negative Hessian of log p(y|f), made PSD where it is not.
+
+    Args:
+        psd: what is done to an indefinite block [c c]: ``eigclip`` (negative eigenvalues to zero) or ``eigabs`` (their size).
+    """
+
+    def __init__(self, psd: Callable[[Tensor], Tensor] = eigclip) -> None:
+        self.psd = psd
+
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return over_positions(psd_root(self.psd(likelihood.neg_hessian(f, y))))
+
+    def scale(self, likelihood) -> Tensor:
+        # The Hessian of a likelihood scales as its Fisher only where the two are the same matrix (a Gaussian's 1/noise).
+        return likelihood.ggn_scale()
+
+
+class EmpiricalFisher(Curvature):
+    """The outer product of the datum's own gradient, Λ = g gᵀ with g = ∂ log p(y|f)/∂f.
+
+    One column for each datum, so cheap; not a Fisher matrix (Kunstner, Balles and Hennig 2019 show when it misleads).
+    """
+
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return likelihood.gradient(f, y).reshape(f.shape[0], -1, 1)
+
+    def columns(self, r: int) -> int:
+        return 1
+
+    def scale(self, likelihood) -> Tensor:
+        return torch.ones_like(likelihood.ggn_scale()).detach()  # g gᵀ has no common factor in general
+
+
+class MonteCarloFisher(Curvature):
+    """The Fisher information by random gradients, unbiased for :class:`GaussNewton` at ``samples`` columns instead of c.
+
+        Λ ≈ 1/M Σ_m g_m g_mᵀ,   g_m = Σ_positions S ε_m,   ε random signs,   S Sᵀ = Fisher of the position
+
+    Random signs on the closed-form root have the mean and covariance of a sampled target's gradient, at every position
+    independently, and serve class weights and missing rows exactly.
+
+    Args:
+        samples: M, columns for each datum.
+
+    Source: Martens and Grosse (2015), sec. 2.2, with the root in place of a sampled target.
+    """
+
+    def __init__(self, samples: int = 1) -> None:
+        if samples < 1:
+            raise ValueError(f"samples={samples}; expected at least one draw for each datum.")
+        self.samples = samples
+
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        S = likelihood.ggn_root(f, y)
+        device = S.device if generator is None else generator.device
+        signs = torch.randint(2, (*S.shape[:-2], S.shape[-1], self.samples), generator=generator, device=device)
+        g = S @ (2 * signs - 1).to(S)
+        return g.reshape(f.shape[0], -1, self.samples) / self.samples**0.5
+
+    def columns(self, r: int) -> int:
+        return self.samples
+
+
+def over_positions(S: Tensor) -> Tensor:
+    """Roots of each position [n *positions c k] as one root of each datum [n r K]: positions are independent given f."""
+    n, c, k = S.shape[0], S.shape[-2], S.shape[-1]
+    m = S[0, ..., 0, 0].numel() if n else 1
+    if m == 1:
+        return S.reshape(n, c, k)
+    blocks = S.new_zeros(n, m, c, m, k)
+    where = torch.arange(m, device=S.device)
+    blocks[:, where, :, where, :] = S.reshape(n, m, c, k).transpose(0, 1)
+    return blocks.reshape(n, m * c, m * k)

@@ -1,0 +1,1 @@
+"""Networks to test on: small ones of every kind (`modules`) and trained ones that nobody here wrote (`pretrained`)."""
