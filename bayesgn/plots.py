@@ -47,13 +47,13 @@ def _column(x: Tensor, what: str) -> Tensor:
     return x
 
 
-def _finish(ax: Axes, xlabel: str, ylabel: str, legend: bool = True) -> Axes:
+def _finish(ax: Axes, xlabel: str, ylabel: str) -> Axes:
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    if legend and ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=False, fontsize="small")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=bool(ax.images), framealpha=0.9, fontsize="small")  # a frame only where it lies on an image
     return ax
 
 
@@ -145,7 +145,7 @@ def _scatter(ax: Axes, x: Tensor | None, y: Tensor | None) -> None:
         part = _array(x[labels == k])
         name = None if y is None else f"class {int(k)}"
         colour = GREY if y is None else _CYCLE[int(k) % len(_CYCLE)]
-        ax.plot(part[:, 0], part[:, 1], "o", color=colour, markersize=3.5, markeredgecolor="white", markeredgewidth=0.5, label=name)
+        ax.plot(part[:, 0], part[:, 1], "o", color=colour, markersize=4, markeredgecolor="black", markeredgewidth=0.4, label=name)
 
 
 def confidence_map(

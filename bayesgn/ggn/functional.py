@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 
 from bayesgn import _data
 
@@ -30,11 +30,11 @@ def jacobians_vmap(net: nn.Module, names: list[str], call: Callable, x: Any, S: 
         one = _unsqueeze(one, axes)
 
         def f(w: dict[str, Tensor]) -> Tensor:
-            return call(lambda *a, **k: functional_call(net, w, a, k), one).reshape(-1)
+            return call(net, one, w).reshape(-1)
 
         _, pull = vjp(f, weights)
         (J,) = vmap(pull, in_dims=1)(s)
-        return {name: j.flatten(1) for name, j in J.items()}
+        return {name: j.reshape(len(j), -1) for name, j in J.items()}
 
     return vmap(per_datum, in_dims=(axes, 0), randomness="different")(x, S)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bayesgn import _data
 from bayesgn._parameters import ParameterVector
@@ -38,14 +39,18 @@ def unwrap(net: nn.Module) -> nn.Module:
             return net
 
 
-def call(net: Callable, x: Any) -> Tensor:
-    """net(x) for a tensor, net(*x) for a tuple, net(**x) or net(x) for a mapping; the tensor (or ``.logits``) it returns."""
-    if isinstance(x, Mapping):
-        output = net(**x) if _takes_keywords(net, x) else net(x)
-    elif isinstance(x, tuple):
-        output = net(*x)
+def call(net: nn.Module, x: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The tensor (or ``.logits``) that the net answers to x, at its own or at other ``weights``.
+
+    A tuple or a mapping is spread over forward's arguments where forward takes them so, and handed over whole otherwise.
+    """
+    if isinstance(x, Mapping) and _binds(net, **x):
+        args, kwargs = (), dict(x)
+    elif isinstance(x, tuple) and _binds(net, *x):
+        args, kwargs = x, {}
     else:
-        output = net(x)
+        args, kwargs = (x,), {}
+    output = net(*args, **kwargs) if weights is None else functional_call(net, dict(weights), args, kwargs)
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -57,10 +62,10 @@ def call(net: Callable, x: Any) -> Tensor:
     )
 
 
-def _takes_keywords(net: Callable, x: Mapping) -> bool:
-    forward = net.forward if isinstance(net, nn.Module) else net
+def _binds(net: nn.Module, *args: Any, **kwargs: Any) -> bool:
+    """Whether the net's forward takes these arguments spread out."""
     try:
-        inspect.signature(forward).bind(**x)
+        inspect.signature(net.forward).bind(*args, **kwargs)
     except (TypeError, ValueError):
         return False
     return True
@@ -164,7 +169,8 @@ class Linearizer:
     def _place(self, x: Any) -> Any:
         p = next(iter(self.vector.tensors(self.net).values()))
         x = _data.to(x, p.device)
-        return _data.apply(x, lambda t: t.clone() if t.is_inference() else t)
+        with torch.inference_mode(False):  # tensors made under inference_mode cannot enter a graph; their copies can
+            return _data.apply(x, lambda t: t.clone() if t.is_inference() else t)
 
     def _linearize(self, x: Any, rows: Callable, differentiable: bool) -> Linearization:
         n = _data.len_of(x)
@@ -172,10 +178,12 @@ class Linearizer:
             engine = self.engine
             raw, inputs = engine.forward(x)
             output, taps = rows(raw), {}
+            flat = output.reshape(n, -1)
         else:
             engine, inputs = None, []
             with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, differentiable) as taps:
                 output = rows(call(self.net, x))
+                flat = output.reshape(len(output), -1)
             if hooks.stale(taps):
                 raise _OverwrittenError
         if output.shape[0] != n:
@@ -184,11 +192,13 @@ class Linearizer:
                 "dimension of its output must run over data."
             )
 
+        @torch.inference_mode(False)
+        @torch.set_grad_enabled(differentiable)
         def pull(S: Tensor) -> list[Factors]:
             if engine is not None:
                 found = engine.pull(inputs, S.permute(2, 0, 1).contiguous())
             else:
-                found = self._pull_taps(taps, output.reshape(n, -1), S, differentiable)
+                found = self._pull_taps(taps, flat, S, differentiable)
             explicit = self._pull_explicit(x, rows, S, differentiable)
             out = []
             for i, b in enumerate(self.blocks):
@@ -237,8 +247,8 @@ class Linearizer:
         names = [n for b in explicit.values() for n in b.parameters]
         selected = self.vector.tensors(self.net)
 
-        def one(net: Callable, datum: Any) -> Tensor:
-            return rows(call(net, datum))
+        def one(net: nn.Module, datum: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+            return rows(call(net, datum, weights))
 
         J: dict[str, Tensor] | None = None
         if self._vectorised and not differentiable:

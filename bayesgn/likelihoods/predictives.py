@@ -106,20 +106,22 @@ class Predictive(ABC):
 
 
 class Probit(Predictive):
-    """E[softmax(f)] for f ~ N(m, V) from pairwise probit approximations.
+    """E[softmax(f)] for f ~ N(m, V) by the probit approximation, with logits measured from their mean under p = softmax(m).
 
-    p_k ∝ 1 / (1 + Σ_{i≠k} exp(−(m_k − m_i) / √(1 + π/8 v_ki))),   v_ki = V_kk + V_ii − 2 V_ki = var(f_k − f_i).
-    The full covariance counts: what all logits share (v = 0) changes nothing, as in the exact integral. For two classes this is MacKay's
-    approximation of the logistic integral.
+    p̄ = softmax( (m_k − pᵀm) / √(1 + π/8 w_k) ),   w_k = var(f_k − pᵀf) = V_kk − 2 (V p)_k + pᵀV p.
+    MacKay's formula has w_k = V_kk and m_k alone, and so depends on what all logits share, which the softmax ignores. Here the full
+    covariance counts and shared parts change nothing. Mean KL to the exact integral over random m, V for 2 to 50 classes: 0.0001 to 0.08,
+    1.3 to 30 times less than MacKay's for widths of 1 and more (tests/likelihoods/test_predictives.py).
 
-    Source: Lu, Ie & Sha (2020), "Mean-field approximation to Gaussian-softmax integral", equation 13; MacKay (1992).
+    Source: MacKay (1992), "The evidence framework applied to classification networks"; Gibbs (1998) for several classes.
     """
 
-    def __call__(self, mean: Tensor, cov: Tensor) -> Categorical:
-        variance = cov.diagonal(dim1=-2, dim2=-1)
-        v = (variance.unsqueeze(-1) + variance.unsqueeze(-2) - 2 * cov).clamp_min(0)
-        difference = (mean.unsqueeze(-2) - mean.unsqueeze(-1)) / (1 + math.pi / 8 * v).sqrt()     # [k, i]: m_i − m_k
-        return Categorical(logits=-difference.logsumexp(-1))
+    def __call__(self, mean, cov):
+        p = mean.softmax(-1)
+        Vp = (cov @ p.unsqueeze(-1)).squeeze(-1)
+        w = cov.diagonal(dim1=-2, dim2=-1) - 2 * Vp + (p * Vp).sum(-1, keepdim=True)
+        centred = mean - (p * mean).sum(-1, keepdim=True)
+        return Categorical(logits=centred / (1 + math.pi / 8 * w.clamp_min(0)).sqrt())
 
 
 class MonteCarlo(Predictive):
@@ -157,23 +159,20 @@ def _sobol_normal(samples: int, c: int, seed: int) -> np.ndarray:
 class LaplaceBridge(Predictive):
     """softmax(f), f ~ N(m, V), as a Dirichlet whose Laplace approximation in the softmax basis has this mean and these variances.
 
-    The direction that all logits share is conditioned away first, m ← m − V1 (1ᵀm) / (1ᵀV1), V ← V − V1 1ᵀV / (1ᵀV1); then
-    α_k = (1 − 2/c + e^{m_k} Σ_l e^{−m_l} / c²) / V_kk.  The bridge is meant for small variances, so m and V are first scaled to
-    m/√a, V/a with a = tr V / √(c/2) where a > 1.
+    What all logits share is taken out first, m ← C m, V ← C V C with C = I − 11ᵀ/c, which leaves softmax(f) as it was; then
+    α_k = (1 − 2/c + e^{m_k} Σ_l e^{−m_l} / c²) / V_kk.
+    The paper conditions on Σ f = 0 instead and rescales large variances; measured against the exact integral both were worse (mean KL 0.3 to
+    1.3 where this has 0.2 to 0.4, `Probit` 0.0001 to 0.08). The bridge trusts V_kk class by class: prefer `DirichletMatching` for the mean.
 
-    Source: Hobbhahn, Kristiadi & Hennig (2022), "Fast predictive uncertainty for classification with Bayesian deep networks",
-    equations 14-16 and appendix; MacKay (1998), "Choice of basis for Laplace approximation".
+    Source: Hobbhahn, Kristiadi & Hennig (2022), "Fast predictive uncertainty for classification with Bayesian deep networks";
+    MacKay (1998), "Choice of basis for Laplace approximation".
     """
 
     def _log_alpha(self, mean: Tensor, cov: Tensor) -> Tensor:
         c = mean.shape[-1]
-        shared = cov.sum(-1)                                             # V1
-        total = shared.sum(-1, keepdim=True)                             # 1ᵀV1, zero where V leaves the shared direction out already
-        safe = torch.where(total > torch.finfo(mean.dtype).eps * cov.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True), total, torch.inf)
-        mean = mean - shared * mean.sum(-1, keepdim=True) / safe
-        variance = cov.diagonal(dim1=-2, dim2=-1) - shared.square() / safe
-        scale = (variance.sum(-1, keepdim=True) / math.sqrt(c / 2)).clamp_min(1)
-        mean, variance = mean / scale.sqrt(), (variance / scale).clamp_min(torch.finfo(mean.dtype).eps)
+        mean = mean - mean.mean(-1, keepdim=True)
+        variance = cov.diagonal(dim1=-2, dim2=-1) - 2 * cov.mean(-1) + cov.mean((-1, -2)).unsqueeze(-1)
+        variance = variance.clamp_min(torch.finfo(mean.dtype).eps)
         log_ratio = mean + (-mean).logsumexp(-1, keepdim=True) - 2 * math.log(c)
         first = mean.new_tensor(1 - 2 / c).log()                         # −∞ for two classes
         return torch.logaddexp(first, log_ratio) - variance.log()
@@ -183,14 +182,13 @@ class LaplaceBridge(Predictive):
 
     def dirichlet(self, mean: Tensor, cov: Tensor) -> Dirichlet:
         """The Dirichlet itself, batch [...], event [c]."""
-        log_alpha = self._log_alpha(mean, cov)
-        return Dirichlet(log_alpha.clamp(-80, 80).exp())
+        return Dirichlet(self._log_alpha(mean, cov).clamp(-80, 80).exp())
 
 
 class DirichletMatching(Predictive):
     """softmax(f), f ~ N(m, V), as the Dirichlet with its (approximate) mean and marginal variances: no samples.
 
-    Mean p̄: the pairwise probit approximation. Variance: p_k = σ(η_k) with the log odds η_k = f_k − log Σ_{i≠k} e^{f_i}, linearised at m,
+    Mean p̄: that of `Probit`. Variance: p_k = σ(η_k) with the log odds η_k = f_k − log Σ_{i≠k} e^{f_i}, linearised at m,
     var η_k = v_k = aᵀVa, a = e_k − p_{−k} / (1 − p_k), and  var p_k ≈ p̄_k (1 − p̄_k) (1 − 1/√(1 + π/8 v_k)).
     A Dirichlet of concentration α₀ has var p_k = p̄_k (1 − p̄_k) / (1 + α₀); class k alone asks for α₀ = 1 / (√(1 + π/8 v_k) − 1),
     and the geometric mean over classes is taken.  The full covariance counts; what all logits share changes nothing.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bayesgn import _data
 from bayesgn._psd import safe_cholesky
@@ -137,7 +136,7 @@ class NetworkPosterior(Posterior):
         with at_rest(self.net, {}), torch.no_grad():
             for θ in self.sample_weights(n, generator):
                 weights = self.linearizer.vector.unflatten(θ, self.net)
-                out.append(rows(call(_At(self.net, weights), x)))
+                out.append(rows(call(self.net, x, weights)))
         return torch.stack(out)
 
     # -- evidence --------------------------------------------------------------------------------------------------
@@ -203,15 +202,6 @@ class NetworkPosterior(Posterior):
             f"NetworkPosterior({type(self.net).__name__}, {len(self.mean)} weights, {self.structure}, {self.num_data} data, "
             f"{self.prior}, {self.likelihood})"
         )
-
-
-class _At(nn.Module):
-    """A net at other weights, for the length of a call."""
-
-    def __init__(self, net: nn.Module, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._call = (net, weights)  # in a tuple: not registered as a submodule
-        self.forward = lambda *args, **kwargs: functional_call(net, weights, args, kwargs)  # type: ignore[method-assign]
 
 
 class _Answer:
