@@ -269,6 +269,8 @@ class Linearizer:
 
     # -- planning --------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def plan(self, x: Any, rows: Callable[[Tensor], Tensor]) -> None:
         """Choose an engine for every block by comparing it with plain autograd, datum by datum, on two data of ``x``.
 
