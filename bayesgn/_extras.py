@@ -11,7 +11,7 @@ from types import ModuleType
 
 @contextmanager
 def quiet_import() -> Iterator[None]:
-    """Silence the one warning that importing gpytorch (linear_operator) raises: it still decorates with `torch.jit.script`.
+    """Silence the one warning that importing gpytorch or torchmetrics raises: what they import still decorates with `torch.jit.script`.
 
     Example:
         >>> with quiet_import():

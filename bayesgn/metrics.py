@@ -24,6 +24,8 @@ from torch.distributions import (
     Normal,
 )
 
+from bayesgn._extras import quiet_import
+
 # -- reading a distribution --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +225,8 @@ def _host(t: Tensor) -> Tensor:
 
 
 def _calibration_error(confidence: Tensor, correct: Tensor, bins: int) -> Tensor:
-    from torchmetrics.functional.classification import binary_calibration_error
+    with quiet_import():
+        from torchmetrics.functional.classification import binary_calibration_error
 
     # torchmetrics gives a confidence of exactly 1 a bin of its own, and takes anything above 1 (a rounding) as a sign to squash all of them.
     confidence = confidence.clamp(0, 1 - 2**-53)
@@ -267,7 +270,8 @@ def auroc_ood(uncertainty_in: Tensor, uncertainty_out: Tensor) -> Tensor:
         >>> auroc_ood(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.8, 1.5])).item()
         0.8333
     """
-    from torchmetrics.functional.classification import binary_auroc
+    with quiet_import():
+        from torchmetrics.functional.classification import binary_auroc
 
     parts = [_host(part).flatten() for part in (uncertainty_in, uncertainty_out)]
     for name, part in zip(("in-distribution", "out-of-distribution"), parts):

@@ -2,9 +2,12 @@
 
 from bayesgn.ggn.block_diagonal import Diag, Full, Kron, Layerwise
 from bayesgn.ggn.blocks import Block
+from bayesgn.ggn.eigen_kron import EigenKron
+from bayesgn.ggn.gram import Gram
 from bayesgn.ggn.linearization import Linearization, Linearizer
 from bayesgn.ggn.structure import Curvature, Precision, Structure
 
 __all__ = [
-    "Block", "Curvature", "Diag", "Full", "Kron", "Layerwise", "Linearization", "Linearizer", "Precision", "Structure",
+    "Block", "Curvature", "Diag", "EigenKron", "Full", "Gram", "Kron", "Layerwise", "Linearization", "Linearizer",
+    "Precision", "Structure",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayesgn._psd import safe_cholesky
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, flatten_weights, unflatten_weights
-from bayesgn.ggn.structure import Curvature, Precision, Structure, accumulator, randn, working
+from bayesgn.ggn.structure import Curvature, Precision, Spectrum, Structure, accumulator, randn, working
 
 logger = logging.getLogger("bayesgn.ggn")
 
@@ -26,6 +26,12 @@ class BlockCurvature(ABC):
     @abstractmethod
     def with_prior(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
         """scale · H + P; ``prior`` is a scalar or [p]."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """λ of H [...], in the weights' order for a diagonal (``diagonal = True``)."""
+
+    diagonal = False
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -74,11 +80,18 @@ class DenseBlock(BlockCurvature):
     def with_prior(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
         if prior.dim() > 0:
             return CholeskyPrecision(scale * self.H + torch.diag(prior))
-        if self._eigen is None:  # once: every prior and noise step afterwards costs p, not p³
+        eigenvalues, Q = self.eigen()
+        return EigenPrecision(scale * eigenvalues + prior, Q)
+
+    def eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues [p] and basis of H, worked out once: every prior and noise step afterwards costs p, not p³."""
+        if self._eigen is None:
             eigenvalues, Q = torch.linalg.eigh(self.H)
             self._eigen = eigenvalues.clamp_min(0), Q
-        eigenvalues, Q = self._eigen
-        return EigenPrecision(scale * eigenvalues + prior, Q)
+        return self._eigen
+
+    def eigenvalues(self) -> Tensor:
+        return self.eigen()[0]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"H": self.H}
@@ -162,8 +175,13 @@ class DiagBlock(BlockCurvature):
     def add(self, f: Factors) -> None:
         self.h += f.to(working(f.dtype)).square()
 
+    diagonal = True
+
     def with_prior(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
         return DiagPrecision(scale * self.h + prior)
+
+    def eigenvalues(self) -> Tensor:
+        return self.h
 
     def tensors(self) -> dict[str, Tensor]:
         return {"h": self.h}
@@ -236,6 +254,9 @@ class KronBlock(BlockCurvature):
             )
         eigenvalues, Q_a, Q_b = self.eigen()
         return KronPrecision(scale * eigenvalues + prior, Q_a, Q_b, self.block)
+
+    def eigenvalues(self) -> Tensor:
+        return self.eigen()[0]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B, "count": self.count}
@@ -312,6 +333,9 @@ class BlockDiagonal(Curvature):
         return BlockDiagonalPrecision(
             self.blocks, [part.with_prior(p, scale) for part, p in zip(self.parts, prior, strict=True)]
         )
+
+    def spectrum(self) -> list[Spectrum]:
+        return [Spectrum((i,), part.eigenvalues().reshape(-1), 0, part.diagonal) for i, part in enumerate(self.parts)]
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": t for i, part in enumerate(self.parts) for name, t in part.tensors().items()}
@@ -417,6 +441,9 @@ class FullCurvature(Curvature):
 
     def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
         return FullPrecision(self.whole.with_prior(joined_prior(prior, self.blocks), scale))
+
+    def spectrum(self) -> list[Spectrum]:
+        return [Spectrum(tuple(range(len(self.blocks))), self.whole.eigenvalues())]
 
     def tensors(self) -> dict[str, Tensor]:
         return self.whole.tensors()

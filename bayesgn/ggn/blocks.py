@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from bayesgn._parameters import ParameterVector
 
 
+PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # J = δ ⊗ a
+SCALES = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # J = δ ∘ z with z the normalised input  # fmt: skip
+TAPPED = (*PRODUCTS, *SCALES)
+
+
 @dataclass(frozen=True)
 class Block:
     """One unit of the weight vector: a Linear / Conv / Embedding module with its bias, or a small explicit block.
@@ -20,7 +28,7 @@ class Block:
         where: its place in the flat vector θ.
         module: the module whose inputs and outputs are tapped, or ``None`` for an explicit Jacobian.
         mask: positions within the block's full weight order, when only some entries are selected.
-        layout: how the tapped input's first dimensions map to data (see :mod:`bayesgn.ggn.hooks`).
+        layout: how the tapped input's first dimensions map to data (see :data:`bayesgn.ggn.hooks.LAYOUTS`).
     """
 
     name: str
@@ -38,7 +46,7 @@ class Block:
     @property
     def factored(self) -> bool:
         """Whether J = δ ⊗ a holds (so that Kronecker factors exist)."""
-        return self.module is not None and self.mask is None
+        return self.module is not None and self.mask is None and isinstance(self.module, PRODUCTS)
 
     @property
     def has_weight(self) -> bool:
@@ -49,9 +57,6 @@ class Block:
     def has_bias(self) -> bool:
         """Whether the block holds the module's bias."""
         return any(n.rpartition(".")[2] == "bias" for n in self.parameters)
-
-
-TAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def find_blocks(net: nn.Module, vector: ParameterVector) -> list[Block]:
@@ -80,6 +85,8 @@ def find_blocks(net: nn.Module, vector: ParameterVector) -> list[Block]:
 def _plain(module: nn.Module) -> bool:
     if isinstance(module, nn.Embedding):
         return module.max_norm is None and not module.scale_grad_by_freq
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.running_mean is not None  # else it couples the data of a batch, in eval mode too
     return True
 
 

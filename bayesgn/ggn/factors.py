@@ -233,13 +233,16 @@ class Linear(Factors):
         return (out * variance).reshape(self.n * self.k, other.n * other.k)  # type: ignore[union-attr]
 
     def matvec(self, v: Tensor) -> Tensor:
-        V = self.unflatten(v.mT)  # [s g o i]
-        Va = torch.einsum("sgoi,ngti->ngtos", V, self.a)
-        return torch.einsum("ngtko,ngtos->nks", self.δ, Va)
+        # V a for all data and columns in one product, then δᵀ(V a): J is not formed.
+        V = self.unflatten(v.mT).transpose(0, 1).flatten(1, 2)  # [g (s o) i]
+        Va = (self.a.transpose(0, 1).flatten(1, 2) @ V.mT).view(self.g, self.n, self.t, v.shape[1], self.o)
+        return (self.δ.transpose(0, 1) @ Va.mT).sum((0, 2))
 
     def rmatvec(self, u: Tensor) -> Tensor:
-        δu = torch.einsum("ngtko,nks->ngtos", self.δ, u)
-        return self.flatten(torch.einsum("ngtos,ngti->sgoi", δu, self.a)).mT
+        δu = u.mT[:, None, None] @ self.δ  # [n g t s o]
+        δu = δu.transpose(0, 1).reshape(self.g, self.n * self.t, -1)
+        V = δu.mT @ self.a.transpose(0, 1).flatten(1, 2)  # [g (s o) i]
+        return self.flatten(V.unflatten(1, (u.shape[2], self.o)).transpose(0, 1)).mT
 
 
 @dataclass
@@ -284,6 +287,25 @@ class Embedding(Factors):
         unique, inverse = torch.unique(where * self.vocabulary + self.ids, return_inverse=True)
         merged = self.δ.new_zeros(len(unique), self.k, self.o).index_add(0, inverse.reshape(-1), self.δ.flatten(0, 1))
         return unique // self.vocabulary, unique % self.vocabulary, merged
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return (self.δ @ v.view(self.vocabulary, self.o, -1)[self.ids]).sum(1)
+
+    def rmatvec(self, u: Tensor) -> Tensor:
+        δu = (self.δ.mT @ u[:, None]).flatten(0, 1)  # [(n t) o s]
+        out = δu.new_zeros(self.vocabulary, *δu.shape[1:]).index_add(0, self.ids.reshape(-1), δu)
+        return out.flatten(0, 1)
+
+    def gram(self, other: Factors, variance: Tensor) -> Tensor:
+        if not isinstance(other, Embedding):
+            return super().gram(other, variance)
+        # J over the indices that occur, not over the vocabulary.
+        used = torch.unique(torch.cat([self.ids.reshape(-1), other.ids.reshape(-1)]))
+        V = variance if variance.dim() == 0 else variance.view(self.vocabulary, self.o)[used].reshape(-1)
+        f, g = (
+            replace(e, ids=torch.searchsorted(used, e.ids.contiguous()), vocabulary=len(used)) for e in (self, other)
+        )
+        return Factors.gram(f, g, V)
 
     def square(self) -> Tensor:
         _, ids, δ = self._merged()

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from bayesgn.ggn.blocks import Block
-from bayesgn.ggn.factors import Embedding, Factors, Linear, Masked
+from bayesgn.ggn.blocks import PRODUCTS, Block
+from bayesgn.ggn.factors import Dense, Embedding, Factors, Linear, Masked
 
-LAYOUTS = ("datum-first", "datum-second")  # [(n t) … i] and [t n … i] at the tapped module
+# At the tapped module: [(n t) … i], [t n … i], and no data at all: one answer ([1 …] or […]) that the net broadcasts.
+LAYOUTS = ("datum-first", "datum-second", "broadcast")
 
 
 @dataclass
@@ -32,17 +33,25 @@ class Tap:
 
 
 @contextlib.contextmanager
-def tapping(blocks: list[Block], differentiable: bool = False) -> Iterator[dict[int, list[Tap]]]:
-    """Record the calls of each block's module while the context is open; the net is clean afterwards."""
+def tapping(blocks: list[Block], n: int, differentiable: bool = False) -> Iterator[dict[int, list[Tap]]]:
+    """Record the calls of each block's module while the context is open; the net is clean afterwards.
+
+    A block of layout "broadcast" (a position embedding) has its answer handed on n-fold, so that its δ is known by datum.
+    """
     taps: dict[int, list[Tap]] = {i: [] for i, b in enumerate(blocks) if b.module is not None}
     handles = []
 
     def hook(i: int):
-        def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            x = args[0] if args else kwargs["input"]
-            if output.requires_grad:
-                x = x if differentiable else x.detach()
-                taps[i].append(Tap(x, x._version, get_gradient_edge(output), output.shape))
+        def note(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not output.requires_grad:
+                return None
+            x = x if differentiable else x.detach()
+            spread = blocks[i].layout == "broadcast"
+            if spread:
+                x, output = _spread(x, n), _spread(output, n)
+            taps[i].append(Tap(x, x._version, get_gradient_edge(output), output.shape))
+            return output if spread else None
 
         return note
 
@@ -53,6 +62,10 @@ def tapping(blocks: list[Block], differentiable: bool = False) -> Iterator[dict[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _spread(t: Tensor, n: int) -> Tensor:
+    return (t if t.shape[0] == 1 else t[None]).expand(n, *t.shape[t.shape[0] == 1 :])
 
 
 def stale(taps: dict[int, list[Tap]]) -> bool:
@@ -66,7 +79,9 @@ def factors(block: Block, calls: list[Tap], deltas: list[Tensor], n: int) -> Fac
     pieces = [_factors_of_call(block, module, tap, δ, n) for tap, δ in zip(calls, deltas, strict=True)]
     joined = pieces[0]
     if len(pieces) > 1:  # a module used twice: its uses are shared positions
-        if isinstance(joined, Embedding):
+        if isinstance(joined, Dense):
+            joined = Dense(sum(f.J for f in pieces))  # type: ignore[union-attr, arg-type]
+        elif isinstance(joined, Embedding):
             joined = Embedding(
                 torch.cat([f.ids for f in pieces], 1), torch.cat([f.δ for f in pieces], 1), joined.vocabulary
             )
@@ -80,9 +95,11 @@ def factors(block: Block, calls: list[Tap], deltas: list[Tensor], n: int) -> Fac
 def zero_factors(block: Block, n: int, k: int, like: Tensor) -> Factors:
     """Factors of a block that the outputs do not depend on."""
     module = block.module
-    if isinstance(module, nn.Embedding):
+    if not isinstance(module, PRODUCTS):
+        f: Factors = Dense(like.new_zeros(n, k, block.numel if block.mask is None else _size(module)))
+    elif isinstance(module, nn.Embedding):
         ids = torch.zeros(n, 1, dtype=torch.long, device=like.device)
-        f: Factors = Embedding(ids, like.new_zeros(n, 1, k, module.embedding_dim), module.num_embeddings)
+        f = Embedding(ids, like.new_zeros(n, 1, k, module.embedding_dim), module.num_embeddings)
     else:
         groups = getattr(module, "groups", 1)
         weight = module.weight  # type: ignore[union-attr]
@@ -92,8 +109,14 @@ def zero_factors(block: Block, n: int, k: int, like: Tensor) -> Factors:
     return f if block.mask is None else Masked(f, block.mask)
 
 
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters(recurse=False))
+
+
 def _factors_of_call(block: Block, module: nn.Module, tap: Tap, δ: Tensor, n: int) -> Factors:
     a = tap.input
+    if not isinstance(module, PRODUCTS):
+        return _scale(block, module, a, δ, n)
     if isinstance(module, nn.Embedding):
         if block.layout == "datum-second":
             a, δ = a.transpose(0, 1), δ.transpose(1, 2)
@@ -119,6 +142,38 @@ def _factors_of_call(block: Block, module: nn.Module, tap: Tap, δ: Tensor, n: i
         δ = δ.unflatten(1, (n, -1)).movedim(2, 4).flatten(4, 5)
     δ = δ.permute(1, 2, 4, 0, 3)
     return Linear(_homogeneous(columns, block), δ, block.has_weight, block.has_bias)
+
+
+def _scale(block: Block, module: nn.Module, x: Tensor, δ: Tensor, n: int) -> Dense:
+    """y = w ∘ z + b with z the normalised input: J_w = Σ_t δ ∘ z and J_b = Σ_t δ."""
+    z = normalised(module, x)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        dims = len(module.normalized_shape)
+        if block.layout == "datum-second":
+            z, δ = z.transpose(0, 1), δ.transpose(1, 2)
+        z, δ = z.flatten(-dims), δ.flatten(-dims)
+    else:
+        z, δ = z.movedim(1, -1), δ.movedim(2, -1)
+    d = z.shape[-1]
+    z, δ = z.reshape(n, -1, d), δ.reshape(len(δ), n, -1, d)
+    parts = []
+    for name in block.parameters:
+        parts.append((δ * z if name.rpartition(".")[2] == "weight" else δ).sum(2))
+    return Dense(torch.cat(parts, dim=-1).transpose(0, 1))
+
+
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """The input after normalisation, before scale and shift."""
+    if isinstance(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if isinstance(module, nn.RMSNorm):
+        return F.rms_norm(x, module.normalized_shape, None, module.eps)
+    if isinstance(module, nn.GroupNorm):
+        return F.group_norm(x, module.num_groups, None, None, module.eps)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
+    own = module.running_mean is None  # InstanceNorm  # type: ignore[union-attr]
+    return F.instance_norm(x, module.running_mean, module.running_var, None, None, own, 0.0, module.eps)  # type: ignore[union-attr]
 
 
 def _homogeneous(a: Tensor, block: Block) -> Tensor:

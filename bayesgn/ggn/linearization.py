@@ -181,7 +181,7 @@ class Linearizer:
             flat = output.reshape(n, -1)
         else:
             engine, inputs = None, []
-            with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, differentiable) as taps:
+            with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, n, differentiable) as taps:
                 output = rows(call(self.net, x))
                 flat = output.reshape(len(output), -1)
             if hooks.stale(taps):
@@ -282,7 +282,7 @@ class Linearizer:
         two = _data.rows(x, slice(0, min(2, _data.len_of(x))))
         n = _data.len_of(two)
         selected = self.vector.tensors(self.net)
-        with at_rest(self.net, selected), hooks.tapping(self.blocks) as taps:
+        with at_rest(self.net, selected), hooks.tapping(self.blocks, n) as taps:
             raw = call(self.net, two)
             output = rows(raw)
         if output.shape[0] != n:
@@ -305,6 +305,7 @@ class Linearizer:
             b if b.module is None else _settle(b, *found.get(i, ([], [])), reference[i], n)
             for i, b in enumerate(self.blocks)
         ]
+        self._check_broadcast(two, rows, output, S, reference)
         if any(isinstance(b.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for b in self.blocks) and not flat.is_cuda:
             self._batched = False  # a batched convolution backward is slower than one column at a time on a CPU (1.8×)
         self._plan_backpack(two, output, S, reference)
@@ -315,6 +316,27 @@ class Linearizer:
             [b.name for b in self.blocks if b.module is not None],
             [b.name for b in self.blocks if b.module is None],
         )
+
+    def _check_broadcast(self, two: Any, rows: Callable, output: Tensor, S: Tensor, reference: list[Tensor]) -> None:
+        """Keep "broadcast" blocks (so far only guessed at) where the net answers the same with their output spread over data."""
+        guesses = [i for i, b in enumerate(self.blocks) if b.layout == "broadcast"]
+        if not guesses:
+            return
+        n = len(output)
+        try:
+            with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, n) as taps:
+                again = rows(call(self.net, two))
+                found = self._pull_taps(taps, again.reshape(n, -1), S, False)
+            same = close(again, output)
+            right = {
+                i: same and close(hooks.factors(self.blocks[i], *found[i], n).jacobian()[:, 0], reference[i]) for i in guesses
+            }
+        except (RuntimeError, IndexError, ValueError):
+            right = dict.fromkeys(guesses, False)
+        for i in guesses:
+            if not right[i]:
+                logger.info("%s: its answer is shared by all data; explicit Jacobian", self.blocks[i].name)
+                self.blocks[i] = replace(self.blocks[i], module=None, layout="datum-first")
 
     def _reference(self, flat: Tensor, S: Tensor) -> list[Tensor]:
         """For each block Jᵀ s of each datum [n p_block] by plain autograd, S [n r 1]."""
@@ -356,7 +378,7 @@ def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) 
     """The block with the first layout whose factors equal the reference, or made explicit."""
     if not calls:
         return block if not reference.any() else replace(block, module=None)
-    for layout in hooks.LAYOUTS:
+    for layout in ("datum-first", "datum-second"):
         trial = replace(block, layout=layout)
         try:
             found = hooks.factors(trial, calls, deltas, n)
@@ -364,6 +386,8 @@ def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) 
             continue  # the shapes do not fit this layout
         if found.n == n and close(found.jacobian()[:, 0], reference):
             return trial
+    if isinstance(block.module, nn.Embedding) and all(tap.shape[0] == 1 or tap.input.dim() == 1 for tap in calls):
+        return replace(block, layout="broadcast")
     logger.info("%s: its weights act outside its own forward; explicit Jacobian", block.name or "the net")
     return replace(block, module=None)
 

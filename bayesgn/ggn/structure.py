@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,24 @@ class Structure(ABC):
         return f"{type(self).__name__}({options})"
 
 
+class Spectrum(NamedTuple):
+    """Eigenvalues of one independent part of H.
+
+        log det(s H + P) = Σ_i log(s λ_i + P) + zeros · log P   where all blocks of the part share one precision P
+
+    Attributes:
+        blocks: indices of the part's blocks.
+        eigenvalues: λ [m].
+        zeros: how many eigenvalues of 0 are left out of ``eigenvalues``.
+        by_weight: H is diagonal here and λ stands in the order of the weights, so that each may have a precision of its own.
+    """
+
+    blocks: tuple[int, ...]
+    eigenvalues: Tensor
+    zeros: int = 0
+    by_weight: bool = False
+
+
 class Curvature(ABC):
     """H in one storage, additive over data.
 
@@ -35,6 +54,11 @@ class Curvature(ABC):
     """
 
     blocks: list[Block]
+
+    @property
+    def resumable(self) -> bool:
+        """Whether :meth:`fit` is one walk that adds batch by batch, so that it can go on in the middle."""
+        return type(self).fit is Curvature.fit
 
     def fit(self, stream: Stream) -> None:
         """Add all data of a stream; structures that need several passes override this."""
@@ -48,6 +72,10 @@ class Curvature(ABC):
     @abstractmethod
     def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
         """scale · H + P, with P diagonal: a scalar or [p_block] tensor for every block."""
+
+    def spectrum(self) -> list[Spectrum] | None:
+        """Eigenvalues of H part by part, with which evidence tuning costs microseconds; None where they are not to be had."""
+        return None
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.rules import Laplace
@@ -18,6 +20,7 @@ def laplace(
     rule: Laplace | None = None,
     generator: torch.Generator | None = None,
     progress: bool | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
 ) -> NetworkPosterior:
     """The Gaussian posterior of a trained net, q(θ) = N(θ*, (Σ JᵀΛJ + P)⁻¹).
 
@@ -28,6 +31,8 @@ def laplace(
         rule: ``rules.Laplace(curvature=…)``; the generalised Gauss-Newton matrix unless given.
         generator: randomness of ``MonteCarloFisher``.
         progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
+        checkpoint: a path (or a ``models.Checkpoint`` with a rhythm of its own): an interrupted fit is kept there, and the same
+            call again goes on from it and ends with the same numbers.
 
     Returns:
         A posterior to call with new inputs; see :class:`bayesgn.models.NetworkPosterior`.
@@ -47,4 +52,4 @@ def laplace(
     """
     if not isinstance(model, Network):
         raise TypeError(f"model is a {type(model).__name__}; wrap the net first: models.Network(net).")
-    return model.condition(data, likelihood, rule, generator=generator, progress=progress)
+    return model.condition(data, likelihood, rule, generator=generator, progress=progress, checkpoint=checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -229,13 +230,22 @@ class Elementwise(Likelihood):
 class Positive:
     """A positive parameter that a likelihood learns: `noise = Positive()` keeps its logarithm in `log_noise`, an nn.Parameter."""
 
-    def __set_name__(self, owner, name):
+    name: str
+    log_name: str
+
+    def __set_name__(self, owner: type, name: str) -> None:
         self.name, self.log_name = name, f"log_{name}"
+
+    @overload
+    def __get__(self, module: None, owner: type) -> Positive: ...
+
+    @overload
+    def __get__(self, module: nn.Module, owner: type) -> Tensor: ...
 
     def __get__(self, module, owner=None):
         return self if module is None else getattr(module, self.log_name).exp()
 
-    def __set__(self, module, value):
+    def __set__(self, module: nn.Module, value: float | Tensor) -> None:
         value = torch.as_tensor(value)
         value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
         value = value.detach()

@@ -10,7 +10,7 @@ from torch.distributions import MultivariateNormal
 
 from .._psd import safe_cholesky
 from .base import Likelihood, _randn
-from .predictives import mixture, nodes_of
+from .predictives import mixture, nodes_of, scalar_nodes
 
 __all__ = ["HeteroscedasticGaussian"]
 
@@ -92,11 +92,23 @@ class HeteroscedasticGaussian(Likelihood):
         self.target_shape(mean)
         d = mean.shape[-1] // 2
         C_mm, C_mr, C_rr = cov[..., :d, :d], cov[..., :d, d:], cov[..., d:, d:]
-        rho, log_weights = nodes_of(mean[..., d:], C_rr)                              # [... q d]
         A = C_mr @ torch.linalg.pinv(C_rr, hermitian=True)
-        m = mean[..., None, :d] + (rho - mean[..., None, d:]) @ A.mT
         rest = C_mm - A @ C_mr.mT
+        rho, log_weights = self._nodes(mean[..., d:], C_rr, A, rest)                  # [... q d]
+        m = mean[..., None, :d] + (rho - mean[..., None, d:]) @ A.mT
         return mixture(MultivariateNormal(m, scale_tril=safe_cholesky(rest.unsqueeze(-3) + torch.diag_embed(rho.exp()))), log_weights)
+
+    @staticmethod
+    def _nodes(rho: Tensor, C_rr: Tensor, A: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        if rho.shape[-1] > 1:
+            return nodes_of(rho, C_rr)
+        # One target: from node to node the mean moves by A, and must not step over a component's own width √(rest + e^ρ).
+        width = C_rr[..., 0].clamp_min(0).sqrt()
+        with torch.no_grad():
+            narrowest = torch.stack([rest[..., 0].clamp_min(0) + (rho + k * width).exp() for k in (-4, -2, 0)]).amin(0).sqrt()
+            spread = width * torch.maximum(A[..., 0].abs() / narrowest, torch.full_like(width, 0.5**0.5))
+        nodes, log_weights = scalar_nodes(rho, width, spread)                         # [q ... 1], [... 1 q]
+        return nodes.movedim(0, -2), log_weights.squeeze(-2)
 
     def arguments(self):
         return {}

@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bayesgn import _data
 from bayesgn._parameters import ParameterVector, Selection
 from bayesgn.ggn import Kron, Linearization, Linearizer, Structure
+from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.weight_prior import WeightPrior
 from bayesgn.rules import Laplace
@@ -82,14 +84,27 @@ class Network:
         rule: Laplace | None = None,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
+        checkpoint: str | Path | Checkpoint | None = None,
     ) -> NetworkPosterior:
-        """The posterior after one turn of ``rule`` over ``data`` at the trained weights."""
+        """The posterior after one turn of ``rule`` over ``data`` at the trained weights.
+
+        ``checkpoint``, a path or a :class:`Checkpoint`, lets an interrupted walk go on where it stopped.
+        """
         rule = Laplace() if rule is None else rule
         like = next(iter(self.vector.tensors(self.net).values()))
         stream = Stream(self.linearizer, likelihood, rule, data, generator, progress)
         stream.begin()
         curvature = self.structure.start(self.linearizer.blocks, like)
+        if checkpoint is not None:
+            from bayesgn.models._files import model_header
+
+            stream.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+            header, masks = model_header(self.linearizer, self.structure, rule, likelihood)
+            state = {f"likelihood.{k}": t for k, t in likelihood.state_dict().items()}
+            stream.checkpoint.open(stream, curvature, header, masks | state)
         curvature.fit(stream)
+        if stream.checkpoint is not None:
+            stream.checkpoint.remove()
         return NetworkPosterior(
             self.linearizer,
             curvature,
@@ -122,12 +137,12 @@ class Stream:
         data: Any,
         generator: torch.Generator | None = None,
         progress: bool | None = None,
-        skip: int = 0,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         self.linearizer, self.likelihood, self.rule = linearizer, likelihood, rule
         self.data = _data.batches(data)
         self.once_only = isinstance(self.data, Iterator)
-        self.generator, self.progress, self.skip = generator, progress, skip
+        self.generator, self.progress, self.checkpoint = generator, progress, checkpoint
         self._seed = None if generator is None else generator.get_state()
         self.walks = 0
         self.count = 0  # data seen
@@ -163,7 +178,10 @@ class Stream:
             self.generator.set_state(self._seed)
         first_walk, self.walks = self.walks == 0, self.walks + 1
         scale = self.rule.curvature.scale(self.likelihood).detach()
-        for x, y in self._bar():
+        checkpoint, index = self.checkpoint, -1
+        for index, (x, y) in enumerate(self._batches()):
+            if checkpoint is not None and checkpoint.skips(index, x, y):
+                continue
             _data.check_finite(x, "x")
             size = max(1, COLUMNS // self.rule.curvature.columns(self.linearizer.r))
             for start, part in _data.split(x, size):
@@ -175,6 +193,10 @@ class Stream:
                     if first_walk:
                         self._note(f, target)
                 yield lin, S
+            if checkpoint is not None:
+                checkpoint.added(index, x, y)
+        if checkpoint is not None:
+            checkpoint.close(index + 1)
         if first_walk and self.count == 0:
             raise ValueError("the loader gave no data (0 rows); there is nothing to condition on.")
 
@@ -182,6 +204,20 @@ class Stream:
         self.count += f.shape[0]
         for name, value in self.likelihood.statistics(f, y).items():
             self.statistics[name] = self.statistics[name] + value if name in self.statistics else value
+
+    def _batches(self) -> Iterator[tuple[Any, Tensor]]:
+        """Batches as they come; where the loader raises, what was added so far is written first."""
+        source = iter(self._bar())
+        while True:
+            try:
+                batch = next(source, None)
+            except BaseException:
+                if self.checkpoint is not None:
+                    self.checkpoint.write()
+                raise
+            if batch is None:
+                return
+            yield batch
 
     def _bar(self) -> Iterable:
         if self.progress is False:

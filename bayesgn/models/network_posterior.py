@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,6 +170,32 @@ class NetworkPosterior(Posterior):
             out += [p for p in self.likelihood.parameters() if p.requires_grad]
         return out
 
+    # -- more data -------------------------------------------------------------------------------------------------
+
+    def condition(
+        self, data: Any, generator: torch.Generator | None = None, progress: bool | None = None
+    ) -> NetworkPosterior:
+        """The posterior after more data at the same weights; this one stays as it is.
+
+        Equal to fitting all data at once. Hyper-parameters are carried over.
+
+        Raises:
+            ValueError: for a structure that cannot add data to a fitted H (``EigenKron``), or data that cannot be right.
+        """
+        from bayesgn.models.network import Stream
+
+        self.check_fresh()
+        stream = Stream(self.linearizer, self.likelihood, self.rule, data, generator, progress)
+        stream.begin()
+        curvature = self.structure.start(self.curvature.blocks, self.mean)
+        curvature.load({name: t.clone() for name, t in self.curvature.tensors().items()})
+        curvature.fit(stream)
+        statistics = {name: t + stream.statistics[name] for name, t in self.statistics.items()}
+        return NetworkPosterior(
+            self.linearizer, curvature, copy.deepcopy(self.likelihood), copy.deepcopy(self.prior), self.rule, statistics,
+            self.num_data + stream.count, structure=self.structure,
+        )  # fmt: skip
+
     # -- state -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -178,6 +206,19 @@ class NetworkPosterior(Posterior):
         out |= {f"prior.{k}": v.detach() for k, v in self.prior.state_dict().items()}
         out |= {f"likelihood.{k}": v.detach() for k, v in self.likelihood.state_dict().items()}
         return out
+
+    def save(self, path: str | Path) -> Path:
+        """Write the posterior as safetensors, whole or not at all; :func:`bayesgn.load` reads it back onto the same net.
+
+        H, hyper-parameters and statistics are written, and hashes of the net's weights, but not the net.
+
+        Raises:
+            StalePosteriorError: the net moved since.
+            TypeError: for a structure, curvature or prior of one's own, which could not be rebuilt from a file.
+        """
+        from bayesgn.models._files import save
+
+        return save(self, path)
 
     def check_fresh(self) -> None:
         """Raise :class:`StalePosteriorError` when the net's weights are no longer those the posterior was made at."""

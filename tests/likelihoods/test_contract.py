@@ -250,7 +250,7 @@ def test_shapes_on_the_meta_device(family):
 @given(data=st.data(), seed=st.integers(0, 10_000), n=st.integers(1, 6))
 def test_laws(data, seed, n):
     """Rows keep to themselves: a permutation of rows permutes everything; the GGN is PSD wherever f goes."""
-    from families import FAMILIES
+    from .families import FAMILIES
 
     family = data.draw(st.sampled_from([f for f in FAMILIES if f.exact]))
     lik = family.build()

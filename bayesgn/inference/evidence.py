@@ -1,0 +1,457 @@
+"""Evidence: prior precision(s) and noise by maximising log p(y) over one and the same H; nothing is refitted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayesgn.ggn.structure import accumulator
+from bayesgn.models.network_posterior import NetworkPosterior
+
+logger = logging.getLogger("bayesgn.inference")
+
+LONGEST = 3.0  # of one step in any log hyper-parameter: a factor of 20
+
+
+@dataclass
+class Trace:
+    """What a search for hyper-parameters did, step by step; ``plots.evidence_trace(trace.evidence)`` draws it.
+
+    Attributes:
+        evidence: log p(y) at the start and after every step, in nats; never falls.
+        precision: prior precision(s) beside it, a number or a list of numbers each.
+        noise: the noise beside it, where the likelihood has one; else empty.
+        reason: why it stopped.
+        converged: whether it stopped because nothing more was to be gained.
+        at_bounds: which hyper-parameters ended at a bound.
+    """
+
+    evidence: list[float] = field(default_factory=list)
+    precision: list[Any] = field(default_factory=list)
+    noise: list[Any] = field(default_factory=list)
+    reason: str = ""
+    converged: bool = False
+    at_bounds: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return max(len(self.evidence) - 1, 0)
+
+    def note(self, posterior: NetworkPosterior, evidence: float | None = None) -> None:
+        """Add a step: the posterior as it stands."""
+        self.evidence.append(posterior.log_evidence().item() if evidence is None else evidence)
+        self.precision.append(posterior.prior.precision.detach().tolist())
+        noise = getattr(posterior.likelihood, "noise", None)
+        if isinstance(noise, Tensor):
+            self.noise.append(noise.detach().tolist())
+
+    def __repr__(self) -> str:
+        if not self.evidence:
+            return "Trace(empty)"
+        return f"Trace({self.steps} steps, log evidence {self.evidence[0]:.4g} → {self.evidence[-1]:.4g}, {self.reason})"
+
+
+def maximize_evidence(
+    posterior: NetworkPosterior,
+    steps: int = 100,
+    prior: bool = True,
+    noise: bool = True,
+    tol: float = 1e-7,
+    bounds: tuple[float, float] = (1e-6, 1e8),
+    noise_bounds: tuple[float, float] = (1e-10, 1e10),
+    data: Any = None,
+    progress: bool | None = None,
+) -> Trace:
+    """Tune a posterior's own prior precision(s) and noise, in place, by its evidence.
+
+        log p(y | P, s) = log p(y|θ*, s) − ½ (θ*−μ)ᵀP(θ*−μ) + ½ log det P − ½ log det(s H + P)
+
+    H is kept: with its eigenvalues a step costs microseconds. In log P and log s (Gaussian noise) this is a concave function, so
+    Newton's method with a line search finds *the* optimum, at which MacKay's fixed point P = γ / |θ*−μ|² holds. Where no
+    eigenvalues are to be had (Full with a prior per layer) the same line search runs on L-BFGS directions. The evidence
+    never ends below where it began.
+
+    Args:
+        posterior: from ``bgn.laplace``; its ``prior`` and ``likelihood`` change, your own do not.
+        steps: at most so many.
+        prior, noise: which to tune; a parameter with ``requires_grad_(False)`` stays in any case.
+        tol: stop when no log hyper-parameter moves by more.
+        bounds: of every prior precision; a warning says when one is hit.
+        noise_bounds: of the noise.
+        data: the training data again, to tune also what H does not scale with (noise of each output, degrees of freedom …): H is
+            refitted in between. Without, such parameters stay as they are (said in the log).
+        progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
+
+    Returns:
+        The :class:`Trace`: evidence, precision(s) and noise after each step, and why it stopped.
+
+    Raises:
+        ValueError: for bounds or steps that cannot be right, or when there is nothing to tune.
+
+    Example:
+        >>> import torch, bayesgn as bgn
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; y = torch.sin(3 * x)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).eval()
+        >>> posterior = bgn.laplace(bgn.models.Network(net), bgn.likelihoods.Gaussian(0.1), (x, y))
+        >>> trace = bgn.maximize_evidence(posterior)
+        >>> trace.evidence[-1] > trace.evidence[0], trace.converged
+        (True, True)
+
+    Source: MacKay (1992), "A practical Bayesian framework for backpropagation networks"; Immer et al. (2021), "Scalable
+    marginal likelihood estimation for model selection in deep learning".
+    """
+    low, high = _bounds(bounds, "bounds"), _bounds(noise_bounds, "noise_bounds")
+    if steps < 0:
+        raise ValueError(f"steps={steps}; expected how many steps to take at most, e.g. 100.")
+    _tell_untuned(posterior, noise and data is None)
+    if data is not None:
+        from bayesgn.inference.refit import alternate
+
+        return alternate(posterior, steps, prior, noise, tol, bounds, noise_bounds, data, progress)
+    parameters = tunable(posterior, prior, noise)
+    if not parameters:
+        raise ValueError(
+            "there is nothing to tune: "
+            + ("prior=False and " if not prior else "the prior is frozen (requires_grad_(False)) and ")
+            + f"{type(posterior.likelihood).__name__} has no free parameter that H scales with; unfreeze one, or pass data= to refit H."
+        )
+    in_prior = {id(p) for p in posterior.prior.parameters()}
+    limits = [low if id(p) in in_prior else high for p in parameters for _ in range(p.numel())]
+    lower, upper = (np.array([x[i] for x in limits]) for i in (0, 1))
+    trace, path, start = Trace(), [], read(parameters)
+    with in_double(parameters):
+        objective = spectral_objective(posterior, parameters) or AutogradObjective(posterior, parameters)
+        try:
+            z, trace.reason, trace.converged = maximize(objective, start, lower, upper, steps, tol, path.append, progress)
+        finally:  # also after an interrupt: the best so far
+            for z, value in path:
+                write(parameters, z)
+                trace.note(posterior, value)
+    write(parameters, z)
+    hit = (z <= lower + 1e-9) | (z >= upper - 1e-9)
+    trace.at_bounds = [name for name, at in zip(_names(posterior, parameters), hit, strict=True) if at]
+    if trace.at_bounds:
+        shown = ", ".join(trace.at_bounds[:5]) + (" …" if len(trace.at_bounds) > 5 else "")
+        warnings.warn(
+            f"maximize_evidence: {shown} ended at a bound (precision {bounds}, noise {noise_bounds}): the evidence has no optimum "
+            "inside. Weights that never left the prior mean, or residuals of zero, do this; share a precision among more weights "
+            "(WeightPrior(scalar) or per_layer), or pass other bounds.",
+            stacklevel=2,
+        )
+    return trace
+
+
+def tunable(posterior: NetworkPosterior, prior: bool = True, noise: bool = True) -> list[torch.nn.Parameter]:
+    """The free hyper-parameters of a posterior that its evidence can tune over the same H."""
+    own = {id(p) for p in posterior.prior.parameters()}
+    return [p for p in posterior.hyperparameters() if p.requires_grad and (prior if id(p) in own else noise)]
+
+
+def read(parameters: list[torch.nn.Parameter]) -> np.ndarray:
+    """All of them in one float64 vector."""
+    return np.concatenate([p.detach().double().cpu().numpy().reshape(-1) for p in parameters])
+
+
+def write(parameters: list[torch.nn.Parameter], z: np.ndarray) -> None:
+    """Put a vector back."""
+    start = 0
+    with torch.no_grad():
+        for p in parameters:
+            p.copy_(torch.from_numpy(np.array(z[start : start + p.numel()])).reshape(p.shape))
+            start += p.numel()
+
+
+@contextmanager
+def in_double(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Within, the parameters are float64 where the device has it: rounding to float32 would make stairs of a smooth function."""
+    before = [p.dtype for p in parameters]
+    try:
+        for p in parameters:
+            p.data = p.data.to(accumulator(p))
+        yield
+    finally:
+        for p, dtype in zip(parameters, before, strict=True):
+            p.data = p.data.to(dtype)
+
+
+# -- the evidence as a function of log hyper-parameters ------------------------------------------------------------------
+
+
+class AutogradObjective:
+    """log p(y) and its gradient, whatever the structure."""
+
+    def __init__(self, posterior: NetworkPosterior, parameters: list[torch.nn.Parameter]) -> None:
+        self.posterior, self.parameters = posterior, parameters
+
+    def __call__(self, z: np.ndarray) -> tuple[float, np.ndarray, None]:
+        write(self.parameters, z)
+        with torch.enable_grad():
+            value = self.posterior.log_evidence()
+            gradient = torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True)
+        return value.item(), np.concatenate([g.double().cpu().numpy().reshape(-1) for g in gradient]), None
+
+
+class SpectralObjective:
+    """log p(y) with gradient and Hessian from eigenvalues λ_i of H, each under the precision of its group g(i).
+
+        E = L(φ) + ½ Σ_g (n_g u_g − e^{u_g} q_g) − ½ Σ_i log(e^{v(φ)} λ_i + e^{u_g(i)}) − ½ Σ_g zeros_g u_g
+
+    with u = log precisions, φ the likelihood's parameters, v = log scale, q_g = |θ* − μ|² of a group and r_i = e^u / (e^v λ_i + e^u):
+
+        ∂E/∂u_g = ½ (n_g − zeros_g − e^{u_g} q_g − Σ_{i∈g} r_i),   ∂E/∂v = −½ Σ_i (1 − r_i),   all curvature through r (1 − r).
+    """
+
+    def __init__(self, posterior, λ: np.ndarray, group: np.ndarray, n, zeros, q, free_prior: bool, φ: list[torch.nn.Parameter]) -> None:
+        self.posterior, self.λ, self.group, self.n, self.zeros, self.q = posterior, λ, group, n, zeros, q
+        self.free_prior, self.φ, self.terms = free_prior, φ, None
+        self.G = len(n)
+        self.u = posterior.prior.log_precision.detach().double().cpu().numpy().reshape(-1)
+        with torch.no_grad():
+            self.fixed = posterior.log_likelihood().item(), self._log_scale().item()
+        self.terms = self._gaussian_terms()
+
+    def _gaussian_terms(self) -> tuple[float, float, float, float] | None:
+        """(a, b, c, d) where L = a + b φ + c e^{−φ} and v = d − φ for one φ = log noise, as for Gaussian noise: no autograd needed then."""
+        if len(self.φ) != 1 or self.φ[0].numel() != 1:
+            return None
+        z = read(self.φ)
+        (L, (L1,), ((L2,),)), (v, (v1,), ((v2,),)) = self._likelihood(z)
+        b, c = L1 + L2, L2 * math.exp(z[0])
+        a, d = L - b * z[0] - L2, v + z[0]
+        (L_, *_), (v_, *_) = self._likelihood(z + 1)  # the form holds, or not: a second point tells
+        write(self.φ, z)
+        expected = a + b * (z[0] + 1) + c * math.exp(-z[0] - 1)
+        same = abs(L_ - expected) <= 1e-11 * (abs(L) + abs(L_)) and abs(v_ - v + 1) <= 1e-11 * (1 + abs(v))
+        return (a, b, c, d) if same else None
+
+    def _log_scale(self) -> Tensor:
+        return self.posterior.rule.curvature.scale(self.posterior.likelihood).double().log()
+
+    def _likelihood(self, z: np.ndarray):
+        """L, v and their derivatives in φ."""
+        if not self.φ:
+            none = np.zeros(0), np.zeros((0, 0))
+            return (self.fixed[0], *none), (self.fixed[1], *none)
+        if self.terms is not None:
+            (φ,), (a, b, c, d) = z, self.terms
+            c = c * math.exp(-φ)
+            return (a + b * φ + c, np.array([b - c]), np.array([[c]])), (d - φ, -np.ones(1), np.zeros((1, 1)))
+        write(self.φ, z)
+        with torch.enable_grad():
+            return self._derive(self.posterior.log_likelihood()), self._derive(self._log_scale())
+
+    def _derive(self, value: Tensor):
+        first = torch.autograd.grad(value, self.φ, create_graph=True, allow_unused=True, materialize_grads=True)
+        flat = torch.cat([g.reshape(-1).double() for g in first])
+        rows = []
+        for g in flat:
+            second = (
+                torch.autograd.grad(g, self.φ, retain_graph=True, allow_unused=True, materialize_grads=True)
+                if g.requires_grad
+                else [torch.zeros_like(p) for p in self.φ]
+            )
+            rows.append(torch.cat([h.reshape(-1).double() for h in second]))
+        return value.item(), flat.detach().cpu().numpy(), torch.stack(rows).detach().cpu().numpy()
+
+    def __call__(self, z: np.ndarray):
+        G = self.G if self.free_prior else 0
+        u, φ = (z[:G] if self.free_prior else self.u), z[G:]
+        (L, L1, L2), (v, v1, v2) = self._likelihood(φ)
+        precision, scaled = np.exp(u), self.λ * math.exp(v)
+        P = precision[self.group] if self.G > 1 else precision[0]
+        total = scaled + P
+        r = P / total
+        bend = r * (scaled / total)
+        sum_r, sum_bend = self._by_group(r), self._by_group(bend)
+        pull = precision * self.q
+        value = L + 0.5 * float(((self.n - self.zeros) * u - pull).sum()) - 0.5 * float(np.log(total).sum())
+        E_v, E_vv = -0.5 * (len(self.λ) - sum_r.sum()), -0.5 * sum_bend.sum()
+        g_φ, C = L1 + E_v * v1, L2 + E_vv * np.outer(v1, v1) + E_v * v2
+        if not self.free_prior:
+            return value, g_φ, (np.zeros(0), np.zeros((0, len(φ))), C)
+        g_u, D = 0.5 * (self.n - self.zeros - pull - sum_r), -0.5 * (pull + sum_bend)
+        return value, np.concatenate([g_u, g_φ]), (D, 0.5 * np.outer(sum_bend, v1), C)
+
+    def _by_group(self, x: np.ndarray) -> np.ndarray:
+        return x.sum(keepdims=True) if self.G == 1 else np.bincount(self.group, x, minlength=self.G)
+
+
+def spectral_objective(posterior: NetworkPosterior, parameters: list[torch.nn.Parameter]) -> SpectralObjective | None:
+    """The fast form, where H's eigenvalues each meet one precision; None elsewhere."""
+    parts, prior, blocks = posterior.curvature.spectrum(), posterior.prior, posterior.curvature.blocks
+    u = getattr(prior, "log_precision", None)
+    if parts is None or u is None or [id(p) for p in prior.parameters()] != [id(u)]:
+        return None
+    # The entry of the precision vector that each weight has, read off the prior itself.
+    by_weight = u.dim() > 0 and prior.groups is None
+    entry = [np.arange(b.where.start, b.where.stop) if by_weight else (prior.groups[b.name] if u.dim() else 0) for b in blocks]
+    G = u.numel()
+    n, q, zeros, λ, group = np.zeros(G), np.zeros(G), np.zeros(G), [], []
+    square = posterior.deviation.square().cpu().numpy()
+    for b, e in zip(blocks, entry, strict=True):
+        np.add.at(n, e, 1.0 if by_weight else float(b.numel))
+        np.add.at(q, e, square[b.where] if by_weight else square[b.where].sum())
+    for part in parts:
+        values = part.eigenvalues.detach().double().cpu().numpy().reshape(-1)
+        if part.by_weight:
+            where = [np.broadcast_to(entry[i], blocks[i].numel) for i in part.blocks]
+            where = np.concatenate(where)
+        elif by_weight or len({entry[i] for i in part.blocks}) > 1:
+            return None
+        else:
+            where = np.full(len(values), entry[part.blocks[0]])
+            zeros[entry[part.blocks[0]]] += part.zeros
+        λ.append(values)
+        group.append(where)
+    free_prior = any(p is u for p in parameters)
+    φ = [p for p in parameters if p is not u]
+    if free_prior and parameters[0] is not u:
+        return None
+    return SpectralObjective(posterior, np.concatenate(λ), np.concatenate(group), n, zeros, q, free_prior, φ)
+
+
+# -- the optimiser -----------------------------------------------------------------------------------------------------
+
+
+def maximize(
+    objective: Callable,
+    z: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    steps: int,
+    tol: float,
+    note: Callable[[tuple[np.ndarray, float]], None],
+    progress: bool | None = None,
+) -> tuple[np.ndarray, str, bool]:
+    """Projected Newton (where ``objective`` gives a Hessian) or L-BFGS with a backtracking line search; never goes down.
+
+    Returns:
+        z, why it stopped, whether it converged.
+    """
+    lower, upper = np.minimum(lower, z), np.maximum(upper, z)  # a start outside its bounds may stay
+    value, gradient, hessian = objective(z)
+    if not math.isfinite(value):
+        raise ValueError(f"the log evidence is {value} at the start; look for NaN in the fit or a precision that is 0 or infinite.")
+    note((z, value))
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    with _Bar(steps, progress) as bar:
+        for _ in range(steps):
+            free = ~(((z <= lower) & (gradient < 0)) | ((z >= upper) & (gradient > 0)))
+            if not free.any() or np.abs(gradient[free]).max(initial=0.0) == 0.0:
+                return z, "the gradient is zero", True
+            g = np.where(free, gradient, 0.0)
+            direction = newton(g, hessian, free) if hessian is not None else lbfgs(g, pairs, free)
+            direction *= min(1.0, LONGEST / max(np.abs(direction).max(), 1e-300))
+            step = 1.0
+            while True:
+                new = np.clip(z + step * direction, lower, upper)
+                new_value, new_gradient, new_hessian = objective(new)
+                if math.isfinite(new_value) and new_value >= value + 1e-4 * float(g @ (new - z)):
+                    break
+                step *= 0.5
+                if step < 1e-8 or np.abs(step * direction).max() < min(tol, 1e-9):
+                    return z, "no further gain within rounding", True
+            s, y = new - z, gradient - new_gradient
+            if s @ y > 1e-12 * np.linalg.norm(s) * np.linalg.norm(y):
+                pairs = [*pairs[-29:], (s, y)]
+            moved = np.abs(s).max()
+            z, value, gradient, hessian = new, new_value, new_gradient, new_hessian
+            note((z, value))
+            bar.update()
+            if moved <= tol and step == 1.0:
+                return z, f"no log hyper-parameter moved by more than {tol:g}", True
+    return z, f"all {steps} steps were taken", False
+
+
+def newton(g: np.ndarray, hessian: tuple[np.ndarray, np.ndarray, np.ndarray], free: np.ndarray) -> np.ndarray:
+    """−H⁻¹ g for the arrowhead H = [[diag D, B], [Bᵀ, C]], within the free variables."""
+    D, B, C = hessian
+    G = len(D)
+    a = np.where(free[:G] & (D < 0), -D, 1.0)  # −H, positive; a precision that no weight has keeps its place (g = 0)
+    B = B * free[:G, None] * free[None, G:]
+    inner = -C * np.outer(free[G:], free[G:]) + np.diag((~free[G:]).astype(float))
+    schur = inner - B.T @ (B / a[:, None])
+    if len(schur):
+        eigenvalues, Q = np.linalg.eigh(schur)
+        floor = 1e-8 * max(np.abs(eigenvalues).max(), 1e-8)  # a likelihood need not be concave in its parameters
+        x = Q @ ((Q.T @ (g[G:] + B.T @ (g[:G] / a))) / np.maximum(np.abs(eigenvalues), floor))
+    else:
+        x = np.zeros(0)
+    return np.concatenate([(g[:G] + B @ x) / a, x])
+
+
+def lbfgs(g: np.ndarray, pairs: list[tuple[np.ndarray, np.ndarray]], free: np.ndarray) -> np.ndarray:
+    """The two-loop recursion (Nocedal and Wright 2006, algorithm 7.4), for a maximum, within the free variables."""
+    d, kept = g.copy(), []
+    for s, y in reversed(pairs):
+        s, y = s * free, y * free
+        if s @ y > 0:
+            α = (s @ d) / (s @ y)
+            d -= α * y
+            kept.append((s, y, α))
+    d *= (kept[0][0] @ kept[0][1]) / (kept[0][1] @ kept[0][1]) if kept else 1.0 / max(np.abs(g).max(), 1e-300)
+    for s, y, α in reversed(kept):
+        d += (α - (y @ d) / (s @ y)) * s
+    return d if d @ g > 0 else g / max(np.abs(g).max(), 1e-300)
+
+
+class _Bar:
+    """A progress bar that is only made when there is time to see it."""
+
+    def __init__(self, steps: int, progress: bool | None) -> None:
+        self.steps, self.progress, self.bar, self.done, self.began = steps, progress, None, 0, time.monotonic()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def update(self) -> None:
+        self.done += 1
+        if self.bar is None and (self.progress or (self.progress is None and time.monotonic() - self.began > 2)):
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(total=self.steps, initial=self.done - 1, desc="evidence", unit="step", leave=False)
+        if self.bar is not None:
+            self.bar.update()
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _bounds(value: tuple[float, float], name: str) -> tuple[float, float]:
+    low, high = value
+    if not (0 < low < high < math.inf):
+        raise ValueError(f"{name}={value}; expected (low, high) with 0 < low < high < inf.")
+    return math.log(low), math.log(high)
+
+
+def _names(posterior: NetworkPosterior, parameters: list[torch.nn.Parameter]) -> list[str]:
+    names, layers = [], {i: name for name, i in (posterior.prior.groups or {}).items()}
+    for p in parameters:
+        if p is posterior.prior.log_precision:
+            names += ["prior precision"] if p.dim() == 0 else [f"precision of {layers.get(i, i)!r}" for i in range(p.numel())]
+        else:
+            own = next(name for name, q in posterior.likelihood.named_parameters() if q is p)
+            names += [f"likelihood {own}"] * p.numel()
+    return names
+
+
+def _tell_untuned(posterior: NetworkPosterior, say: bool) -> None:
+    known = {id(p) for p in posterior.hyperparameters()}
+    left = [name for name, p in posterior.likelihood.named_parameters() if p.requires_grad and id(p) not in known]
+    if say and left:
+        logger.info(
+            "%s: %s stay as they are, H does not scale with them; maximize_evidence(posterior, data=train_loader) refits H to tune them",
+            type(posterior.likelihood).__name__, ", ".join(left),
+        )  # fmt: skip
