@@ -132,13 +132,22 @@ class DualPrecision(Precision):
     ) -> None:
         self.blocks, self.rows, self.prior, self.scale, self.inverse = blocks, rows, prior, scale, inverse
         self.variance = [p.reciprocal() for p in prior]  # of the prior
+        self.rest: Tensor | float = 0.0  # what the rows leave out of the log-determinant
 
     def _variances(self) -> Tensor:
         return torch.cat([v.expand(b.numel) for v, b in zip(self.variance, self.blocks, strict=True)])
 
     def logdet(self) -> Tensor:
         prior = sum(p.log() * b.numel if p.dim() == 0 else p.log().sum() for p, b in zip(self.prior, self.blocks, strict=True))
-        return prior + self.inverse.logdet
+        return prior + self.inverse.logdet + self.rest
+
+    def mean_variance(self, weight: Tensor) -> Tensor:
+        """The prior variance averaged over the weights with ``weight`` [p]."""
+        parts = [
+            v * weight[b.where].sum() if v.dim() == 0 else v @ weight[b.where]
+            for v, b in zip(self.variance, self.blocks, strict=True)
+        ]
+        return sum(parts) / weight.sum()  # type: ignore[return-value]
 
     def solve(self, v: Tensor) -> Tensor:
         variance = self._variances()

@@ -150,12 +150,17 @@ class Linear(Factors):
         """[... p] -> [... g o i], the inverse of :meth:`flatten`."""
         return unflatten_weights(v, self.g, self.o, self.i, self.weight and self.bias)
 
+    # δ comes from a backward pass of each column, laid out [k n g o t] (a convolution) or [k n t o] (a Linear layer); it is
+    # only ever viewed as [n g t k o]. Copying it into that order would cost as much as everything else together.
     def _outer(self) -> Tensor:
-        """J [n g (k o) i]: one batched product over the shared positions."""
-        return self.δ.flatten(-2).mT @ self.a
+        """J [n k g o i]: a product over the shared positions for each column."""
+        if self.t == 1:
+            return self.δ[:, :, 0].transpose(1, 2)[..., None] * self.a[:, None, :, 0, None]
+        columns = [self.δ[:, :, :, k].mT @ self.a for k in range(self.k)]
+        return torch.stack(columns, dim=1)
 
     def jacobian(self) -> Tensor:
-        return self.flatten(self._outer().unflatten(2, (self.k, self.o)).transpose(1, 2))
+        return self.flatten(self._outer())
 
     def rows(self, part: slice) -> Linear:
         return replace(self, a=self.a[part], δ=self.δ[part])
@@ -165,8 +170,10 @@ class Linear(Factors):
 
     def rotate(self, Q_a: Tensor | None, Q_b: Tensor | None) -> Linear:
         """The factors in rotated coordinates: a Q_a [g i i'], δ Q_b [g o o']."""
-        a = self.a if Q_a is None else self.a @ Q_a
-        δ = self.δ if Q_b is None else (self.δ.flatten(2, 3) @ Q_b).unflatten(2, (self.t, self.k))
+        a = self.a if Q_a is None else _times(self.a, Q_a)
+        δ = self.δ
+        if Q_b is not None:
+            δ = _times(δ.permute(3, 0, 1, 2, 4).flatten(0, 1), Q_b).unflatten(0, (self.k, self.n)).permute(1, 2, 3, 0, 4)
         return replace(self, a=a, δ=δ)
 
     def kron(self, reduce: bool) -> tuple[Tensor, Tensor, float]:
@@ -178,20 +185,21 @@ class Linear(Factors):
         a, δ = self.a, self.δ
         if reduce and self.t > 1:
             a, δ = a.mean(2, keepdim=True), δ.sum(2, keepdim=True)
-        a = a.transpose(0, 1).flatten(1, 2)  # [g, n t, i]
-        δ = δ.transpose(0, 1).flatten(1, 3)  # [g, n t k, o]
-        return a.mT @ a, δ.mT @ δ, float(a.shape[1])
+        return _second_moment(a), _second_moment(δ.permute(3, 0, 1, 2, 4).flatten(0, 1)), float(a.shape[0] * a.shape[2])
 
     def square(self) -> Tensor:
         if self.t > 1:
-            total = 0.0
-            for part in self.slices():
-                J = part._outer().square().sum(0)  # [g, k o, i]
-                total = total + J.unflatten(1, (self.k, self.o)).sum(1)
-            return self.flatten(total)
+            return self.flatten(sum(part._square_sum() for part in self.slices()))  # type: ignore[arg-type]
         # t = 1: (δ ⊗ a)² = δ² ⊗ a², a product of two small matrices.
         δ2 = self.δ[:, :, 0].square().sum(2).permute(1, 2, 0)  # [g o n]
         return self.flatten(δ2 @ self.a[:, :, 0].square().transpose(0, 1))
+
+    def _square_sum(self) -> Tensor:
+        """Σ_n Σ_k J² [g o i], column by column."""
+        total = 0.0
+        for k in range(self.k):
+            total = total + (self.δ[:, :, :, k].mT @ self.a).square_().sum(0)
+        return total  # type: ignore[return-value]
 
     def quadratic(self, variance: Tensor) -> Tensor:
         if variance.dim() == 0:
@@ -200,8 +208,8 @@ class Linear(Factors):
         if self.t > 1:
             out = []
             for part in self.slices():
-                J = part._outer().unflatten(2, (self.k, self.o)).transpose(1, 2)  # [n k g o i]
-                out.append((J * V).flatten(2) @ J.flatten(2).mT)
+                J = part._outer().mul(V.sqrt()).flatten(2)  # [n k p]
+                out.append(J @ J.mT)
             return torch.cat(out)
         # t = 1: cov = δ diag(w) δᵀ with w_o = Σ_i a_i² V_oi: no J.
         w = (self.a.square() @ V.mT)[:, :, 0]  # [n g o]
@@ -215,7 +223,7 @@ class Linear(Factors):
             return torch.einsum("ng,ngko,nglo->nkl", a2, δ, δ)
         out = []
         for part in self.slices():
-            J = part._outer().unflatten(2, (self.k, self.o)).transpose(1, 2).flatten(2)
+            J = part._outer().flatten(2)
             out.append(J @ J.mT)
         return torch.cat(out)
 
@@ -243,6 +251,20 @@ class Linear(Factors):
         δu = δu.transpose(0, 1).reshape(self.g, self.n * self.t, -1)
         V = δu.mT @ self.a.transpose(0, 1).flatten(1, 2)  # [g (s o) i]
         return self.flatten(V.unflatten(1, (u.shape[2], self.o)).transpose(0, 1)).mT
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """Σ x xᵀ [g c c] over the first and third dimension of x [b g t c]."""
+    if x.shape[2] >= x.shape[3]:  # many positions: a product for each b, whatever the memory order within it
+        return (x.mT @ x).sum(0)
+    x = x.transpose(0, 1).flatten(1, 2)
+    return x.mT @ x
+
+
+def _times(x: Tensor, Q: Tensor) -> Tensor:
+    """x [b g t c] @ Q [g c c'], as one product for each group."""
+    b, g, t, _ = x.shape
+    return (x.transpose(0, 1).reshape(g, b * t, -1) @ Q).view(g, b, t, -1).transpose(0, 1)
 
 
 @dataclass

@@ -134,14 +134,15 @@ def _factors_of_call(block: Block, module: nn.Module, tap: Tap, δ: Tensor, n: i
         return Linear(a, δ, block.has_weight, block.has_bias)
     if a.dim() == len(module.kernel_size) + 1:  # an unbatched call  # type: ignore[arg-type]
         a, δ = a[None], δ[:, None]
-    columns = unfold(module, a) if block.has_weight else a.new_zeros(a.shape[0], module.groups, δ[0, 0, 0].numel(), 0)  # type: ignore[arg-type]
-    groups = columns.shape[1]
-    δ = δ.flatten(3).unflatten(2, (groups, -1))  # [k b g o t]
+    if block.has_weight:
+        columns = unfold(module, a, block.has_bias)
+    else:
+        columns = a.new_ones(a.shape[0], module.groups, δ[0, 0, 0].numel(), 1)  # type: ignore[arg-type]
+    δ = δ.flatten(3).unflatten(2, (columns.shape[1], -1))  # [k b g o t]
     if columns.shape[0] != n:  # [(n t') g t i]: the net folded positions into the batch
         columns = columns.unflatten(0, (n, -1)).transpose(1, 2).flatten(2, 3)
         δ = δ.unflatten(1, (n, -1)).movedim(2, 4).flatten(4, 5)
-    δ = δ.permute(1, 2, 4, 0, 3)
-    return Linear(_homogeneous(columns, block), δ, block.has_weight, block.has_bias)
+    return Linear(columns, δ.permute(1, 2, 4, 0, 3), block.has_weight, block.has_bias)
 
 
 def _scale(block: Block, module: nn.Module, x: Tensor, δ: Tensor, n: int) -> Dense:
@@ -183,8 +184,11 @@ def _homogeneous(a: Tensor, block: Block) -> Tensor:
     return torch.cat([a, a.new_ones(*a.shape[:-1], 1)], dim=-1) if block.has_bias else a
 
 
-def unfold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
-    """Patches [n g t i] that a convolution multiplies its weights [g o i] with, in the weights' order."""
+def unfold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor, bias: bool = False) -> Tensor:
+    """Patches [n g t i] that a convolution multiplies its weights [g o i] with, in the weights' order; with ``bias`` a 1 at the end.
+
+    Written once, into memory laid out [n g i t] (positions innermost, as the input has them), and viewed as [n g t i].
+    """
     dims = len(conv.kernel_size)
     if conv.padding_mode != "zeros":
         x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -195,8 +199,17 @@ def unfold(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     for d in range(dims):
         reach = conv.dilation[d] * (conv.kernel_size[d] - 1) + 1
         x = x.unfold(2 + d, reach, conv.stride[d])[..., :: conv.dilation[d]]
-    # x [n, C, L…, K…] -> [n g L… C/g K…] -> [n g t i]
-    n, channels = x.shape[:2]
-    x = x.unflatten(1, (conv.groups, channels // conv.groups))
-    x = x.movedim(2, 2 + dims)
-    return x.reshape(n, conv.groups, x.shape[2 : 2 + dims].numel(), -1)
+    n, positions = x.shape[0], x.shape[2 : 2 + dims]  # x [n, C, L…, K…]
+    patches = x.movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0)))  # [n, C, K…, L…]
+    patches = patches.unflatten(1, (conv.groups, -1))
+    t, i = positions.numel(), patches.shape[2 : 3 + dims].numel()
+    if x.requires_grad:  # a graph back to the input: no writing into a buffer
+        out = patches.reshape(n, conv.groups, i, t)
+        out = torch.cat([out, out.new_ones(n, conv.groups, 1, t)], dim=2) if bias else out
+        return out.mT
+    out = x.new_empty(n, conv.groups, i + bias, t)
+    if bias:
+        out[:, :, -1] = 1
+    for group in range(conv.groups):  # [:, group, :i] is contiguous within a datum, so that it can be viewed as patches
+        out[:, group, :i].unflatten(1, patches.shape[2 : 3 + dims]).unflatten(-1, positions).copy_(patches[:, group])
+    return out.mT

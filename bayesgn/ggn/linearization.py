@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,9 @@ from bayesgn.ggn.blocks import Block, find_blocks
 from bayesgn.ggn.factors import Dense, Factors, Masked
 
 logger = logging.getLogger("bayesgn.ggn")
+
+CHUNK_BYTES = 2**24
+MOST_COLUMNS = 5120  # data × columns
 
 
 def unwrap(net: nn.Module) -> nn.Module:
@@ -142,6 +146,7 @@ class Linearizer:
         self.use_backpack = use_backpack
         self.engine: backpack.Engine | None = None
         self.r = 1  # outputs of one datum, known once planned
+        self.widest = 1  # numbers in the largest tapped output of one datum
         self._planned = False
         self._vectorised = True  # explicit Jacobians by vmap over data, until it fails
         self._batched = True  # all columns in one backward, until it fails
@@ -165,6 +170,14 @@ class Linearizer:
     def prepare(self, x: Any, rows: Callable[[Tensor], Tensor]) -> None:
         """Settle blocks and engines on a first batch (otherwise the first call does)."""
         self.plan(self._place(x), rows)
+
+    def chunk(self, columns: int) -> int:
+        """How many data one backward of so many columns should take: δ of the widest layer stays within ``CHUNK_BYTES``.
+
+        Larger pieces are slower, not only larger: beyond 32 MB an allocator hands out fresh pages that must be zeroed each time.
+        """
+        p = next(iter(self.vector.tensors(self.net).values()))
+        return max(1, min(CHUNK_BYTES // (p.element_size() * columns * self.widest), MOST_COLUMNS // columns))
 
     def _place(self, x: Any) -> Any:
         p = next(iter(self.vector.tensors(self.net).values()))
@@ -297,6 +310,7 @@ class Linearizer:
                 "the net's output does not depend on the selected parameters (was it computed under no_grad or detached "
                 f"inside forward?); selected: {list(self.vector.names)[:5]}."
             )
+        self.widest = max([self.r, *(math.prod(tap.shape) // n for calls in taps.values() for tap in calls)])
         S = torch.randn(*flat.shape, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(flat)
         reference = self._reference(flat, S)
         overwritten = hooks.stale(taps)

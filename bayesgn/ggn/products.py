@@ -26,7 +26,7 @@ from bayesgn.ggn.structure import Stream, randn
 
 logger = logging.getLogger("bayesgn.ggn")
 
-ACTIVATION_ENTRIES = 2**24  # data × columns × widest layer of one matrix product (128 MB of float64)
+ACTIVATION_ENTRIES = 2**25  # data × columns × widest layer of one matrix product (256 MB of float64)
 
 
 class BatchProducts(ABC):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Likelihood(nn.Module, ABC):
             return
         bad = ~f.isfinite()
         if bool(bad.any()):
-            row = bad.reshape(-1, f.shape[-1]).any(-1).nonzero()[0].item()
+            row = int(bad.reshape(-1, f.shape[-1]).any(-1).nonzero()[0])
             raise ValueError(f"{type(self).__name__}: f has {int(bad.sum())} NaN or infinite values, the first in row {row}: "
                              f"{f.reshape(-1, f.shape[-1])[row].tolist()[:8]}; look for NaN in the inputs or a diverged net")
         self._validate_targets(f, y)
@@ -149,7 +150,8 @@ class Likelihood(nn.Module, ABC):
 
     def to_config(self) -> dict:
         """A JSON-able description from which `likelihoods.from_config` rebuilds the likelihood, parameters included."""
-        return describe(self)
+        config: Any = describe(self)
+        return config
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={_short(value)}" for name, value in self.arguments().items())
@@ -176,7 +178,7 @@ class Elementwise(Likelihood):
     def _fisher(self, f: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def _family(self, f: Tensor) -> tuple[type[Distribution], dict[str, Tensor]]:
+    def _family(self, f: Tensor) -> tuple[Callable[..., Distribution], dict[str, Tensor]]:
         """The torch distribution of each output: its class and parameters, each [... c]."""
 
     def target_shape(self, f):

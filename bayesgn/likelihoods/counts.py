@@ -94,7 +94,8 @@ class NegativeBinomial(_Counts):
     Source: Hilbe (2011), "Negative Binomial Regression", NB2.
     """
 
-    concentration = Positive()
+    concentration: Positive = Positive()
+    log_concentration: Tensor
 
     def __init__(self, concentration: float | Tensor = 1.0):
         super().__init__()

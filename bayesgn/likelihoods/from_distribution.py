@@ -70,6 +70,8 @@ class FromDistribution(Likelihood):
     def _validate_targets(self, f, y):
         missing = y.isnan()
         support = self._outputs(f).support
+        if support is None:
+            return
         ok = support.check(torch.where(missing, self._draw(f, 0), y) if bool(missing.any()) else y)
         if not bool(ok.all()):
             first = y.reshape(*ok.shape, -1)[~ok][0].tolist()

@@ -32,7 +32,7 @@ class Gamma(Elementwise):
     Source: McCullagh & Nelder (1989), chapter 8, with the log link.
     """
 
-    concentration = Positive()
+    concentration: Positive = Positive()
 
     def __init__(self, concentration: float | Tensor = 1.0):
         super().__init__()
@@ -88,7 +88,7 @@ class Beta(Elementwise):
     Source: Ferrari & Cribari-Neto (2004), "Beta regression", equations 4-7.
     """
 
-    concentration = Positive()
+    concentration: Positive = Positive()
     placeholder = 0.5
 
     def __init__(self, concentration: float | Tensor = 2.0):

@@ -64,7 +64,7 @@ def _standard_nodes(c: int) -> tuple[np.ndarray, np.ndarray]:
     x, w = np.polynomial.hermite_e.hermegauss(points)
     log_w = np.log(w) - np.log(w.sum())
     grid = np.meshgrid(*[x] * c, indexing="ij")
-    weights = sum(np.meshgrid(*[log_w] * c, indexing="ij"))
+    weights = np.stack(np.meshgrid(*[log_w] * c, indexing="ij")).sum(0)
     return np.stack([g.ravel() for g in grid], -1), weights.ravel()
 
 

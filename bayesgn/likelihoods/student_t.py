@@ -30,8 +30,8 @@ class StudentT(Elementwise):
     Source: Lange, Little & Taylor (1989); Rasmussen & Williams (2006), equation 9.5.
     """
 
-    dof = Positive()
-    scale = Positive()
+    dof: Positive = Positive()
+    scale: Positive = Positive()
 
     def __init__(self, dof: float | Tensor = 4.0, scale: float | Tensor = 1.0):
         super().__init__()

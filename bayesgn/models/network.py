@@ -22,9 +22,6 @@ from bayesgn.rules import Laplace
 
 logger = logging.getLogger("bayesgn.models")
 
-COLUMNS = 1280  # data × columns of one backward: keeps δ of a small conv net below ~100 MB
-
-
 class Network:
     """p(f) of a trained net: f(x) ≈ f(x; θ*) + J(x) (θ − θ*) with θ ~ N(prior mean, P⁻¹).
 
@@ -183,7 +180,7 @@ class Stream:
             if checkpoint is not None and checkpoint.skips(index, x, y):
                 continue
             _data.check_finite(x, "x")
-            size = max(1, COLUMNS // self.rule.curvature.columns(self.linearizer.r))
+            size = self.linearizer.chunk(self.rule.curvature.columns(self.linearizer.r))
             for start, part in _data.split(x, size):
                 lin = self.linearizer(part, self.likelihood.rows)
                 f, target = lin.output, y[start : start + lin.n].to(lin.output.device)

@@ -19,9 +19,6 @@ from bayesgn.ggn.structure import Curvature, Precision, Structure, randn, workin
 from bayesgn.models.posterior import Posterior, StalePosteriorError
 from bayesgn.models.weight_prior import WeightPrior
 
-OUTPUTS = 1280  # data × outputs linearised at once when predicting
-
-
 class NetworkPosterior(Posterior):
     """q(θ) = N(θ*, (s H + P)⁻¹) and the linearised functions it implies, f(x) ~ N(f(x; θ*), J (s H + P)⁻¹ Jᵀ).
 
@@ -235,7 +232,7 @@ class NetworkPosterior(Posterior):
     def _parts(self, x: Any) -> Iterator[Any]:
         x = self.linearizer._place(x)
         self.linearizer.plan(x, self.likelihood.rows)
-        for _, part in _data.split(x, max(1, OUTPUTS // self.linearizer.r)):
+        for _, part in _data.split(x, self.linearizer.chunk(self.linearizer.r)):
             yield part
 
     def __repr__(self) -> str:
