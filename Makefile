@@ -24,7 +24,7 @@ $(VENV)/.stamp-%: pyproject.toml | $(PY)
 	@touch $@
 
 demo: $(VENV)/.stamp-demo  ## train a small net, fit and tune Laplace, print and draw the result
-	MPLBACKEND=Agg $(PY) -m bayesgn.demo
+	$(ONE) $(PY) -m bayesgn.demo
 
 test: $(VENV)/.stamp-test  ## the test suite without the slow tests
 	$(ONE) $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests

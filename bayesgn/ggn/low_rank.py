@@ -104,7 +104,7 @@ class LowRankCurvature(DualCurvature):
         if τ.sum() <= 1e-10 * diagonal.sum():  # nothing but rounding
             τ = torch.zeros_like(τ)
         elif o.tail:
-            nodes, weights = density(H, self.U, o.tail, 40, generator)
+            nodes, weights = density(H, self.U, o.tail, 20, generator)
             weights = weights * (τ.sum() / (weights @ nodes))
             self.nodes, self.weights = torch.cat([self.nodes, nodes]), torch.cat([self.weights, weights])
         self.τ = self.τ + τ

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.dual import FactorRows
 from bayesgn.ggn.factors import Dense, Factors
-from bayesgn.ggn.keeping import bytes_of, compact
+from bayesgn.ggn.keeping import bytes_of, compact, concatenate
 from bayesgn.ggn.linearization import Linearization, Linearizer, at_rest, call, close
 from bayesgn.ggn.structure import Stream, randn
 
@@ -175,6 +175,9 @@ class Products:
             whole = whole and used <= memory
             kept = [*kept, batch] if whole else []
         self.kept = kept if whole else None
+        if self.kept and all(isinstance(batch, FactorProducts) for batch in self.kept):
+            joined = [concatenate(list(fs)) for fs in zip(*(b.factors for b in self.kept), strict=True)]  # type: ignore[attr-defined]
+            self.kept = [FactorProducts(blocks, joined, self.dtype)]  # few large matrix products
         if self.kept is None:
             logger.info("products walk the data anew each time: keeping them needs more than %.1f GB", memory / 2**30)
 

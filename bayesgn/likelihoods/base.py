@@ -248,9 +248,7 @@ class Positive:
         return self if module is None else getattr(module, self.log_name).exp()
 
     def __set__(self, module: nn.Module, value: float | Tensor) -> None:
-        value = torch.as_tensor(value)
-        value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
-        value = value.detach()
+        value = _as_parameter(value)
         if not bool(((value > 0) & value.isfinite()).all()):
             raise ValueError(f"{type(module).__name__}: {self.name} must be positive and finite but is {value.tolist()}")
         old = module._parameters.get(self.log_name)
@@ -262,6 +260,13 @@ class Positive:
                                  f"{list(value.shape)}; build a new likelihood for another shape")
             with torch.no_grad():
                 old.copy_(value.log())
+
+
+def _as_parameter(value: float | Tensor) -> Tensor:
+    """A parameter's value: a floating tensor in its own dtype, a plain number in float64 (rounding 0.1 to float32 costs 1e-8)."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach()
+    return torch.as_tensor(value, dtype=torch.float64).detach()
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from .._psd import safe_cholesky
-from .base import Likelihood, _accumulator, _like, _randn
+from .base import _accumulator, _as_parameter, _like, _randn, Likelihood
 
 __all__ = ["Gaussian"]
 
@@ -43,8 +43,7 @@ class Gaussian(Likelihood):
         self.raw_noise = nn.Parameter(raw)
 
     def _raw(self, noise: float | Tensor) -> Tensor:
-        noise = torch.as_tensor(noise).detach()
-        noise = noise if noise.is_floating_point() else noise.to(torch.get_default_dtype())
+        noise = _as_parameter(noise)
         if noise.ndim > 2 or (noise.ndim == 2 and noise.shape[0] != noise.shape[1]):
             raise ValueError(f"Gaussian: noise has shape {list(noise.shape)} but is a scalar, [c] or [c, c]")
         if noise.ndim == 2:

@@ -15,7 +15,7 @@ from bayesgn import _data
 from bayesgn._psd import safe_cholesky
 from bayesgn.ggn.factors import Factors
 from bayesgn.ggn.linearization import Linearizer, at_rest, call
-from bayesgn.ggn.structure import Curvature, Precision, Structure, randn, working
+from bayesgn.ggn.structure import Curvature, Precision, Structure, accumulator, randn, working
 from bayesgn.models.posterior import Posterior, StalePosteriorError
 from bayesgn.models.weight_prior import WeightPrior
 
@@ -48,8 +48,9 @@ class NetworkPosterior(Posterior):
         self.statistics, self.num_data = statistics, num_data
         self.mean = linearizer.vector.flatten(linearizer.net)
         like = self.mean
-        self.prior.to(like.device)
-        self.likelihood.to(like.device)
+        dtype = None if accumulator(like) == torch.float64 else accumulator(like)  # a device without float64
+        self.prior.to(like.device, dtype)
+        self.likelihood.to(like.device, dtype)
         self.deviation = (self.mean - self.prior.mean_vector(linearizer.vector, like)).to(torch.float64)  # θ* − μ
         self._seen = _versions(self.net)
         self._print = fingerprint(self.net)
