@@ -43,7 +43,7 @@ class ParameterVector:
         elif isinstance(parameters, str):
             raise TypeError(f"parameters={parameters!r} is a str; pass a list of names, e.g. [{parameters!r}].")
         else:
-            chosen = {name: None for name in parameters}
+            chosen = dict.fromkeys(parameters)
         # A tied parameter is listed once by named_parameters(); accept any of its names.
         aliases = {}
         for name, p in net.named_parameters(remove_duplicate=False):

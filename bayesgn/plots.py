@@ -53,7 +53,7 @@ def _finish(ax: Axes, xlabel: str, ylabel: str) -> Axes:
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     if ax.get_legend_handles_labels()[0]:
-        ax.legend(frameon=bool(ax.images), framealpha=0.9, fontsize="small")  # a frame only where it lies on an image
+        ax.legend(framealpha=0.8, edgecolor="none", fontsize="small")
     return ax
 
 

@@ -5,9 +5,11 @@ from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.eigen_kron import EigenKron
 from bayesgn.ggn.gram import Gram
 from bayesgn.ggn.linearization import Linearization, Linearizer
+from bayesgn.ggn.low_rank import LowRank
+from bayesgn.ggn.matrix_free import MatrixFree
 from bayesgn.ggn.structure import Curvature, Precision, Structure
 
 __all__ = [
     "Block", "Curvature", "Diag", "EigenKron", "Full", "Gram", "Kron", "Layerwise", "Linearization", "Linearizer",
-    "Precision", "Structure",
+    "LowRank", "MatrixFree", "Precision", "Structure",
 ]  # fmt: skip

@@ -119,7 +119,9 @@ class Engine:
                         out[tapped[position]] = ([Tap(a, a._version, None, inputs[position + 1].shape)], [S])  # type: ignore[arg-type]
                     if position > first and not isinstance(module, (nn.Identity, nn.Dropout)):
                         module.input0, module.output = inputs[position], inputs[position + 1]  # type: ignore[assignment]
-                        S = self.derivatives[position].jac_t_mat_prod(module, None, None, S)
+                        derivative = self.derivatives[position]
+                        assert derivative is not None, f"BackPACK has no derivative for {type(module).__name__}"
+                        S = derivative.jac_t_mat_prod(module, None, None, S)
         finally:
             for _, module in self.chain:
                 module.__dict__.pop("input0", None)

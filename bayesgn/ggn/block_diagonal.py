@@ -236,12 +236,12 @@ class KronBlock(BlockCurvature):
     def eigen(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Eigenvalues [... o i] of H, and the bases Q_a (None for an embedding), Q_b."""
         if self._eigen is None:
-            λ_b, Q_b = torch.linalg.eigh(self.B)
+            λ_b, Q_b = torch.linalg.eigh(self.B.contiguous())
             λ_b, count = λ_b.clamp_min(0), self.count.clamp_min(1)
             if self.A.dim() == 1:
                 self._eigen = self.A[:, None] * λ_b / count, None, Q_b
             else:
-                λ_a, Q_a = torch.linalg.eigh(self.A)
+                λ_a, Q_a = torch.linalg.eigh(self.A.contiguous())
                 self._eigen = λ_b[..., :, None] * λ_a.clamp_min(0)[..., None, :] / count, Q_a, Q_b
         return self._eigen
 

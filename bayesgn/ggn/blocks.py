@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from bayesgn._parameters import ParameterVector
 
-
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # J = δ ⊗ a
 SCALES = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, KronBlock, KronPrecision, explicit_block
+from bayesgn.ggn.block_diagonal import (
+    BlockCurvature,
+    BlockDiagonal,
+    BlockPrecision,
+    KronBlock,
+    KronPrecision,
+    explicit_block,
+)
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, unflatten_weights
 from bayesgn.ggn.structure import Curvature, Stream, Structure, accumulator, working

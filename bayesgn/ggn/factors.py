@@ -10,9 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SLICE_ENTRIES = 2**21  # 16 MB of float64: J of a slice fits in cache and memory stays flat
 
@@ -30,14 +34,18 @@ class Factors(ABC):
         """The explicit (S-weighted) Jacobian [n k p], in the block's own weight order."""
 
     @abstractmethod
-    def rows(self, part: slice) -> Factors:
+    def rows(self, part: slice) -> Self:
         """The same factors for a slice of the data."""
 
     @abstractmethod
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype."""
 
-    def slices(self) -> Iterator[Factors]:
+    @abstractmethod
+    def with_uses(self, others: list[Self]) -> Self:
+        """The factors of a module that the net calls several times, from those of each call: J is their sum."""
+
+    def slices(self) -> Iterator[Self]:
         """Pieces of the data whose explicit Jacobian stays small."""
         size = max(1, SLICE_ENTRIES // max(1, self.k * self.p))
         if size >= self.n:
@@ -113,6 +121,9 @@ class Dense(Factors):
     def jacobian(self) -> Tensor:
         return self.J
 
+    def with_uses(self, others: list[Dense]) -> Dense:
+        return Dense(torch.stack([self.J, *(f.J for f in others)]).sum(0))
+
     def rows(self, part: slice) -> Dense:
         return Dense(self.J[part])
 
@@ -161,6 +172,11 @@ class Linear(Factors):
 
     def jacobian(self) -> Tensor:
         return self.flatten(self._outer())
+
+    def with_uses(self, others: list[Linear]) -> Linear:
+        # Uses are shared positions.
+        a, δ = torch.cat([self.a, *(f.a for f in others)], 2), torch.cat([self.δ, *(f.δ for f in others)], 2)
+        return replace(self, a=a, δ=δ)
 
     def rows(self, part: slice) -> Linear:
         return replace(self, a=self.a[part], δ=self.δ[part])
@@ -285,6 +301,10 @@ class Embedding(Factors):
         J = J.scatter_add(1, self.ids[:, :, None, None].expand_as(self.δ), self.δ)
         return J.transpose(1, 2).flatten(2)
 
+    def with_uses(self, others: list[Embedding]) -> Embedding:
+        ids, δ = torch.cat([self.ids, *(f.ids for f in others)], 1), torch.cat([self.δ, *(f.δ for f in others)], 1)
+        return replace(self, ids=ids, δ=δ)
+
     def rows(self, part: slice) -> Embedding:
         return replace(self, ids=self.ids[part], δ=self.δ[part])
 
@@ -353,9 +373,12 @@ class Masked(Factors):
     def jacobian(self) -> Tensor:
         return self.inner.jacobian()[..., self.index]
 
-    def slices(self) -> Iterator[Factors]:
+    def slices(self) -> Iterator[Masked]:
         for part in self.inner.slices():
             yield Masked(part, self.index)
+
+    def with_uses(self, others: list[Masked]) -> Masked:
+        return Masked(self.inner.with_uses([f.inner for f in others]), self.index)
 
     def rows(self, part: slice) -> Masked:
         return Masked(self.inner.rows(part), self.index)

@@ -32,7 +32,7 @@ def jacobians_vmap(net: nn.Module, names: list[str], call: Callable, x: Any, S: 
         def f(w: dict[str, Tensor]) -> Tensor:
             return call(net, one, w).reshape(-1)
 
-        _, pull = vjp(f, weights)
+        _, pull = vjp(f, weights)  # pyright: ignore[reportAssignmentType]
         (J,) = vmap(pull, in_dims=1)(s)
         return {name: j.reshape(len(j), -1) for name, j in J.items()}
 

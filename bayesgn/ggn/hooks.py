@@ -75,26 +75,20 @@ def stale(taps: dict[int, list[Tap]]) -> bool:
 
 def factors(block: Block, calls: list[Tap], deltas: list[Tensor], n: int) -> Factors:
     """Factors of one block from its calls and their output gradients [k *output shape]."""
-    module = block.module
-    pieces = [_factors_of_call(block, module, tap, δ, n) for tap, δ in zip(calls, deltas, strict=True)]
-    joined = pieces[0]
-    if len(pieces) > 1:  # a module used twice: its uses are shared positions
-        if isinstance(joined, Dense):
-            joined = Dense(sum(f.J for f in pieces))  # type: ignore[union-attr, arg-type]
-        elif isinstance(joined, Embedding):
-            joined = Embedding(
-                torch.cat([f.ids for f in pieces], 1), torch.cat([f.δ for f in pieces], 1), joined.vocabulary
-            )
-        else:
-            joined = Linear(
-                torch.cat([f.a for f in pieces], 2), torch.cat([f.δ for f in pieces], 2), joined.weight, joined.bias
-            )
+    pieces = [_factors_of_call(block, _module(block), tap, δ, n) for tap, δ in zip(calls, deltas, strict=True)]
+    joined = pieces[0].with_uses(pieces[1:]) if len(pieces) > 1 else pieces[0]
     return joined if block.mask is None else Masked(joined, block.mask)
+
+
+def _module(block: Block) -> nn.Module:
+    if block.module is None:
+        raise ValueError(f"block {block.name!r} is explicit: it has no module to tap.")
+    return block.module
 
 
 def zero_factors(block: Block, n: int, k: int, like: Tensor) -> Factors:
     """Factors of a block that the outputs do not depend on."""
-    module = block.module
+    module = _module(block)
     if not isinstance(module, PRODUCTS):
         f: Factors = Dense(like.new_zeros(n, k, block.numel if block.mask is None else _size(module)))
     elif isinstance(module, nn.Embedding):

@@ -279,9 +279,9 @@ class SpectralObjective:
         E_v, E_vv = -0.5 * (len(self.λ) - sum_r.sum()), -0.5 * sum_bend.sum()
         g_φ, C = L1 + E_v * v1, L2 + E_vv * np.outer(v1, v1) + E_v * v2
         if not self.free_prior:
-            return value, g_φ, (np.zeros(0), np.zeros((0, len(φ))), C)
+            return float(value), g_φ, (np.zeros(0), np.zeros((0, len(φ))), C)
         g_u, D = 0.5 * (self.n - self.zeros - pull - sum_r), -0.5 * (pull + sum_bend)
-        return value, np.concatenate([g_u, g_φ]), (D, 0.5 * np.outer(sum_bend, v1), C)
+        return float(value), np.concatenate([g_u, g_φ]), (D, 0.5 * np.outer(sum_bend, v1), C)
 
     def _by_group(self, x: np.ndarray) -> np.ndarray:
         return x.sum(keepdims=True) if self.G == 1 else np.bincount(self.group, x, minlength=self.G)

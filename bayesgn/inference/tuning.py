@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import warnings
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from bayesgn import _data, metrics
 from bayesgn.inference.temperature import Tempered, fit_temperature, golden_section, score
@@ -130,6 +128,8 @@ def tune(
             "the posterior's predictive does not become MAP's. Were the weight-space samples too few?",
             stacklevel=2,
         )
+    if shift <= grid[0] + 0.1:
+        logger.warning("tune: the best precision lies at the lower bound %g; pass smaller bounds= to go on", low)
     precision = posterior.prior.precision.detach().tolist()
     logger.info("validation: precision %s, temperature %.4g, score %.4f (MAP %.4f)", precision, T, value, map_score)
     likelihood = Tempered(posterior.likelihood, T) if temperature else posterior.likelihood
@@ -180,8 +180,9 @@ class _Search:
     def _samples(self) -> tuple[float, float]:
         self.generator.set_state(self.seed)
         likelihood = self.posterior.likelihood
-        deviations = [self.posterior.sample_outputs(x, self.samples, _again(self.generator)) for x, _ in self.data]
-        f = torch.cat(deviations, dim=1)
+        # A clone for each batch: the same weights for all of them.
+        draws = [self.posterior.sample_outputs(x, self.samples, self.generator.clone_state()) for x, _ in self.data]
+        f = torch.cat(draws, dim=1)
         y = self._targets(f[0])
 
         def loss(log_T: float) -> float:
@@ -201,16 +202,6 @@ class _Gaussian:
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         return self.mean, self.cov
-
-
-def _again(generator: torch.Generator) -> torch.Generator:
-    """A generator that stands where this one stands: the same weights for every batch."""
-    return copy.copy(generator) if not hasattr(generator, "clone_state") else generator.clone_state()
-
-
-def predictive(likelihood, f: Any) -> Distribution:
-    """p(y|x) for a Gaussian f, or for latent values themselves [n *positions c] (MAP)."""
-    return likelihood.conditional(f) if isinstance(f, Tensor) else likelihood(f)
 
 
 def _bar(points: int, progress: bool | None):

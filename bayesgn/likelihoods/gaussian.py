@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from .._psd import safe_cholesky
-from .base import _accumulator, _as_parameter, _like, _randn, Likelihood
+from .base import Likelihood, _accumulator, _as_parameter, _like, _randn
 
 __all__ = ["Gaussian"]
 

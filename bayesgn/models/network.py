@@ -39,7 +39,7 @@ class Network:
     Example:
         >>> import torch
         >>> from bayesgn import ggn, models
-        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).eval()
         >>> models.Network(net, structure=ggn.Full)
         Network(Sequential, 33 weights in 2 blocks, Full(), WeightPrior(precision=1))
 
@@ -171,7 +171,7 @@ class Stream:
                 "this structure walks the data more than once, but an iterator can be walked once; pass a DataLoader, a list "
                 "of batches or a pair of tensors."
             )
-        if self.walks and self.generator is not None:
+        if self.walks and self.generator is not None and self._seed is not None:
             self.generator.set_state(self._seed)
         first_walk, self.walks = self.walks == 0, self.walks + 1
         scale = self.rule.curvature.scale(self.likelihood).detach()

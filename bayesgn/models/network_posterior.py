@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from bayesgn import _data
+from bayesgn._extras import quiet_import
 from bayesgn._psd import safe_cholesky
 from bayesgn.ggn.factors import Factors
 from bayesgn.ggn.linearization import Linearizer, at_rest, call
 from bayesgn.ggn.structure import Curvature, Precision, Structure, accumulator, randn, working
 from bayesgn.models.posterior import Posterior, StalePosteriorError
 from bayesgn.models.weight_prior import WeightPrior
+
 
 class NetworkPosterior(Posterior):
     """q(θ) = N(θ*, (s H + P)⁻¹) and the linearised functions it implies, f(x) ~ N(f(x; θ*), J (s H + P)⁻¹ Jᵀ).
@@ -92,7 +94,8 @@ class NetworkPosterior(Posterior):
 
         Where x requires grad, mean, variances and covariance carry gradients to it.
         """
-        from bayesgn.models.function_gaussian import FunctionGaussian
+        with quiet_import():
+            from bayesgn.models.function_gaussian import FunctionGaussian
 
         self.check_fresh()
         _data.check_finite(x, "x")

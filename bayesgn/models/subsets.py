@@ -26,7 +26,7 @@ def last_layer(net: nn.Module) -> Subset:
             owners.setdefault(name.rpartition(".")[0], []).append(name)
     if not owners:
         raise ValueError(f"{type(net).__name__} has no parameters, so no last layer.")
-    return {name: None for name in owners[list(owners)[-1]]}
+    return dict.fromkeys(owners[list(owners)[-1]])
 
 
 def named(net: nn.Module, *prefixes: str) -> Subset:
@@ -40,7 +40,7 @@ def named(net: nn.Module, *prefixes: str) -> Subset:
         found = [n for n, _ in net.named_parameters() if n == prefix or n.startswith(prefix + ".")]
         if not found:
             raise ValueError(f"no parameter is named {prefix!r} or lies under it; the net has {[n for n, _ in net.named_parameters()]}.")
-        out.update({n: None for n in found})
+        out.update(dict.fromkeys(found))
     return out
 
 

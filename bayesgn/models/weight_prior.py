@@ -30,8 +30,8 @@ class WeightPrior(nn.Module):
 
     Example:
         >>> from torch import nn
-        >>> WeightPrior(2.0).precision
-        tensor(2., dtype=torch.float64)
+        >>> WeightPrior(2.0)
+        WeightPrior(precision=2)
         >>> WeightPrior.per_layer(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))).precision.shape
         torch.Size([2])
 

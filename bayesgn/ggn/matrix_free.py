@@ -1,0 +1,262 @@
+"""MatrixFree: nothing is kept but the data; every answer is a set of conjugate gradient solves with H V products."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bayesgn.ggn.blocks import Block
+from bayesgn.ggn.factors import SLICE_ENTRIES, Factors
+from bayesgn.ggn.lanczos import quadrature, tridiagonal
+from bayesgn.ggn.products import Products
+from bayesgn.ggn.structure import Curvature, Precision, Stream, Structure, accumulator, randn
+
+logger = logging.getLogger("bayesgn.ggn")
+
+
+class MatrixFree(Structure):
+    """All of H without storing it: conjugate gradients for solves, stochastic Lanczos quadrature for the log-determinant.
+
+        (s H + P) x = b by CG, preconditioned by diag(s H + P)
+        log det(s H + P) = log det P + tr log(I + A) ≈ log det P + p/m Σ_z zᵀ log(I + A) z,  A = s P^(-1/2) H P^(-1/2)
+        θ = (s H + P)⁻¹ (P^(1/2) ε₁ + √s J̃ᵀ ε₂) ~ N(0, (s H + P)⁻¹)                      (perturb and optimise)
+
+    What is exact and what is not: solves, covariances and draws are exact to the CG tolerance, and a solve that stops above
+    it says so in the log with its residual. The log-determinant and its gradients are unbiased-in-the-limit *estimates* from
+    ``probes`` random sign vectors, the same at every call; :meth:`MatrixFreePrecision.logdet_error` gives the standard error, which
+    falls as 1/√probes. Weight variances are estimates from the same vectors. With ``probes`` ≥ p unit vectors take their
+    place, and all of these are exact. Every covariance of a datum costs a solve for each output, so predict for few inputs.
+
+    The data stay where they are: they must be walkable again (no iterator), and what was handed in is not copied.
+
+    Args:
+        tol: relative residual at which CG stops.
+        iterations: at most this many products for a solve.
+        probes, steps: random vectors of the log-determinant, and Lanczos steps from each.
+        memory: bytes of factors to keep between products; beyond it every product walks the data.
+        seed: of the random vectors.
+        graph: the engine of the products, see :class:`Products`.
+
+    Raises:
+        ValueError: for a tolerance that is not positive, or counts below 1.
+
+    Source: Papandreou and Yuille (2010) and Antorán et al. (2023), "Sampling-based inference for large linear models", for
+    draws; Ubaru, Chen and Saad (2017) for the quadrature; Hutchinson (1990) for traces.
+    """
+
+    def __init__(
+        self,
+        tol: float = 1e-6,
+        iterations: int = 1000,
+        probes: int = 16,
+        steps: int = 64,
+        memory: int = 2**30,
+        seed: int = 0,
+        graph: bool | None = None,
+    ) -> None:
+        if not tol > 0 or min(iterations, probes, steps) < 1:
+            raise ValueError(f"tol={tol}, iterations={iterations}, probes={probes}, steps={steps}; all must be positive.")
+        self.tol, self.iterations, self.probes, self.steps = tol, iterations, probes, steps
+        self.memory, self.seed, self.graph = memory, seed, graph
+
+    def start(self, blocks: list[Block], like: Tensor) -> Curvature:
+        return MatrixFreeCurvature(blocks, like, self)
+
+
+class MatrixFreeCurvature(Curvature):
+    """The products of every stream seen."""
+
+    def __init__(self, blocks: list[Block], like: Tensor, options: MatrixFree) -> None:
+        self.blocks, self.options = blocks, options
+        self.zero = torch.zeros((), dtype=accumulator(like), device=like.device)
+        self.products: list[Products] = []
+        self.warm: Tensor | None = None  # the last solves of the probes: the next step of tuning starts from them
+
+    def fit(self, stream: Stream) -> None:
+        """Take a stream in (another one adds to the first)."""
+        self.products.append(Products(stream, self.blocks, self.zero, self.options.memory, self.options.graph))
+
+    def add(self, factors: list[Factors]) -> None:
+        batch = [(_Given(factors), self.zero)]
+        self.products.append(Products(batch, self.blocks, self.zero, self.options.memory, graph=False))  # type: ignore[arg-type]
+
+    def __call__(self, V: Tensor) -> Tensor:
+        """H V [p s]."""
+        return sum((products(V) for products in self.products), torch.zeros_like(V))
+
+    def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        P = torch.cat([p.to(self.zero).expand(b.numel) for p, b in zip(prior, self.blocks, strict=True)])
+        return MatrixFreePrecision(self, P, scale.to(self.zero))
+
+    def tensors(self) -> dict[str, Tensor]:
+        raise ValueError(
+            "structure=ggn.MatrixFree keeps the data themselves and no H, so there is nothing to save. Save the net, and condition "
+            "the model on the data again after loading; or use ggn.LowRank or ggn.Kron, which can be saved."
+        )
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors()
+
+
+class _Given:
+    """A linearization whose factors are known."""
+
+    def __init__(self, factors: list[Factors]) -> None:
+        self._factors = factors
+
+    def factors(self, S: Tensor) -> list[Factors]:
+        return self._factors
+
+
+class MatrixFreePrecision(Precision):
+    """s H + P by products; P [p]."""
+
+    def __init__(self, H: MatrixFreeCurvature, P: Tensor, scale: Tensor) -> None:
+        self.H, self.P, self.scale, self.options = H, P, scale, H.options
+        self._logdet: tuple[Tensor, float] | None = None
+
+    # -- solves ----------------------------------------------------------------------------------------------------
+
+    def solve(self, v: Tensor) -> Tensor:
+        B = v.reshape(-1, v.shape[-1]).to(self.P).mT
+        return _Solve.apply(self, B, self.P, self.scale).mT.reshape(v.shape)
+
+    def cg(self, B: Tensor, start: Tensor | None = None) -> Tensor:
+        """(s H + P)⁻¹ B for B [p s], without a graph."""
+        with torch.no_grad():
+            s, P = self.scale, self.P
+            diagonal = s * sum(products.diagonal for products in self.H.products) + P
+            return conjugate_gradients(
+                lambda V: s * self.H(V) + P[:, None] * V, B, diagonal, self.options.tol, self.options.iterations, start
+            )
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        b = randn((count, len(self.P)), self.P, generator) * self.P.sqrt()
+        for products in self.H.products:
+            b = b + self.scale.sqrt() * products.noise(count, generator).mT
+        return self.solve(b)
+
+    def covariance(self, factors: list[Factors]) -> Tensor:
+        k = factors[0].k
+        size = max(1, SLICE_ENTRIES // max(1, k * len(self.P)))
+        out = []
+        for start in range(0, factors[0].n, size):
+            J = torch.cat([f.rows(slice(start, start + size)).to(self.P.dtype).jacobian() for f in factors], dim=-1)
+            out.append(J @ self.solve(J).mT)
+        return torch.cat(out)
+
+    def joint(self, factors: list[Factors], other: list[Factors] | None = None) -> Tensor:
+        J = torch.cat([f.to(self.P.dtype).jacobian() for f in factors], dim=-1).flatten(0, 1)
+        J_ = J if other is None else torch.cat([f.to(self.P.dtype).jacobian() for f in other], dim=-1).flatten(0, 1)
+        return self.solve(J) @ J_.mT
+
+    # -- traces ----------------------------------------------------------------------------------------------------
+
+    def probes(self) -> tuple[Tensor, float]:
+        """Vectors Z [p m] and a factor c with c Z Zᵀ ≈ I: random signs, or all unit vectors where they are no more."""
+        p, m = len(self.P), self.options.probes
+        if m >= p:
+            return torch.eye(p, dtype=self.P.dtype, device=self.P.device), 1.0
+        generator = torch.Generator().manual_seed(self.options.seed)
+        signs = 2.0 * torch.randint(2, (p, m), generator=generator) - 1.0
+        return signs.to(self.P), 1.0 / m
+
+    def logdet(self) -> Tensor:
+        value, _ = self._estimate()
+        return _Logdet.apply(self, value, self.P, self.scale)
+
+    def logdet_error(self) -> float:
+        """Standard error of :meth:`logdet` over its random vectors (0 where it is exact)."""
+        return self._estimate()[1]
+
+    def _estimate(self) -> tuple[Tensor, float]:
+        if self._logdet is None:
+            with torch.no_grad():
+                Z, c = self.probes()
+                root = self.P.rsqrt()[:, None]
+                α, β = tridiagonal(lambda V: self.scale * root * self.H(root * V), Z / Z.norm(dim=0), self.options.steps)
+                θ, w = quadrature(α, β)
+                each = (w * torch.log1p(θ.clamp_min(0))).sum(1) * Z.square().sum(0)  # zᵀ log(I + A) z
+                error = 0.0 if c == 1.0 else float(each.std() / len(each) ** 0.5)
+                self._logdet = self.P.log().sum() + c * each.sum(), error
+                logger.info("log det of MatrixFree by %d probes: standard error %.2g", len(each), error)
+        return self._logdet
+
+    def diagonal(self) -> Tensor:
+        # Hutchinson: diag(M⁻¹) ≈ c Σ_z z ∘ M⁻¹z.
+        Z, c = self.probes()
+        return c * (Z * self.solve(Z.mT).mT).sum(1)
+
+
+class _Solve(torch.autograd.Function):
+    """X = M⁻¹B; with G = M⁻¹ ∂X:  ∂B = G,  ∂P = −Σ G ∘ X,  ∂s = −⟨G, H X⟩ where H X = (B − P X)/s."""
+
+    @staticmethod
+    def forward(ctx, M: MatrixFreePrecision, B: Tensor, P: Tensor, scale: Tensor) -> Tensor:
+        X = M.cg(B.detach())
+        ctx.M = M
+        ctx.save_for_backward(X, B, P, scale)
+        return X
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        X, B, P, scale = ctx.saved_tensors
+        G = ctx.M.cg(grad)
+        HX = (B - P[:, None] * X) / scale
+        return None, G, -(G * X).sum(1), -(G * HX).sum()
+
+
+class _Logdet(torch.autograd.Function):
+    """∂P = diag(M⁻¹),  ∂s = tr(M⁻¹H) = Σ_z c zᵀ(z − P M⁻¹z)/s, by the probes of the value."""
+
+    @staticmethod
+    def forward(ctx, M: MatrixFreePrecision, value: Tensor, P: Tensor, scale: Tensor) -> Tensor:
+        ctx.M = M
+        ctx.save_for_backward(P, scale)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        P, scale = ctx.saved_tensors
+        Z, c = ctx.M.probes()
+        X = ctx.M.H.warm = ctx.M.cg(Z, start=ctx.M.H.warm)
+        return None, None, grad * c * (Z * X).sum(1), grad * c * (Z * (Z - P[:, None] * X)).sum() / scale
+
+
+def conjugate_gradients(
+    M: Callable[[Tensor], Tensor], B: Tensor, diagonal: Tensor, tol: float, iterations: int, start: Tensor | None = None
+) -> Tensor:
+    """M⁻¹B for a positive definite M known by products, all columns of B [p s] at once, preconditioned by its diagonal [p].
+
+    Stops at ‖B − M X‖ ≤ tol ‖B‖ in every column; where it cannot, a warning in the log gives the worst relative residual.
+    """
+    X = torch.zeros_like(B) if start is None else start.clone()
+    R = B.clone() if start is None else B - M(X)
+    target = tol * B.norm(dim=0)
+    precond = diagonal.reciprocal()[:, None]
+    Z = precond * R
+    D, ρ = Z, (R * Z).sum(0)
+    for _ in range(iterations):
+        active = R.norm(dim=0) > target
+        if not bool(active.any()):
+            return X
+        MD = M(D[:, active])
+        step = ρ[active] / (D[:, active] * MD).sum(0)
+        X[:, active] += step * D[:, active]
+        R[:, active] -= step * MD
+        Z = precond * R[:, active]
+        new = (R[:, active] * Z).sum(0)
+        D[:, active] = Z + (new / ρ[active]) * D[:, active]
+        ρ[active] = new
+    worst = float((R.norm(dim=0) / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)).max())
+    if worst > tol:
+        logger.warning(
+            "conjugate gradients stopped after %d iterations at a relative residual of %.1e (asked for %.1e): raise iterations, "
+            "tol or the prior precision", iterations, worst, tol,
+        )  # fmt: skip
+    return X
