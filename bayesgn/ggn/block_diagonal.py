@@ -230,7 +230,8 @@ class KronBlock(BlockCurvature):
     def add(self, f: Factors) -> None:
         assert isinstance(f, (Linear, Embedding))
         A, B, count = f.to(working(f.dtype)).kron(self.reduce)
-        self.A, self.B, self.count = self.A + A, self.B + B, self.count + count
+        self.A, self.B = self.A + A.to(self.A.dtype), self.B + B.to(self.B.dtype)  # (0-dim sums would not promote)
+        self.count = self.count + count
         self._eigen = None
 
     def eigen(self) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -279,7 +280,8 @@ class KronPrecision(BlockPrecision):
     def _unflatten(self, v: Tensor) -> Tensor:
         if self.Q_a is None:
             return v.unflatten(-1, self.precision.shape)
-        return unflatten_weights(v, *self.precision.shape, self.block.has_weight and self.block.has_bias)
+        g, o, i = self.precision.shape
+        return unflatten_weights(v, g, o, i, self.block.has_weight and self.block.has_bias)
 
     def _into(self, M: Tensor) -> Tensor:
         """Coordinates of M in the eigenbasis."""
@@ -488,6 +490,12 @@ class Concatenated(Factors):
 
     def jacobian(self) -> Tensor:
         return torch.cat([f.jacobian() for f in self.parts], dim=-1)
+
+    def with_uses(self, others: list[Concatenated]) -> Concatenated:
+        return Concatenated([f.with_uses(list(uses)) for f, *uses in zip(self.parts, *(o.parts for o in others), strict=True)])
+
+    def with_uses(self, others: list[Concatenated]) -> Concatenated:
+        return Concatenated([f.with_uses(list(rest)) for f, *rest in zip(self.parts, *(o.parts for o in others), strict=True)])
 
     def rows(self, part: slice) -> Concatenated:
         return Concatenated([f.rows(part) for f in self.parts])

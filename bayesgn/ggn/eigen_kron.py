@@ -112,4 +112,4 @@ class EigenKronBlock(BlockCurvature):
         return self.h
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"Q_a": self.Q_a, "Q_b": self.Q_b, "h": self.h}
+        return {"Q_a": self.Q_a.contiguous(), "Q_b": self.Q_b.contiguous(), "h": self.h}

@@ -99,7 +99,7 @@ class LowRankCurvature(DualCurvature):
         diagonal = diagonal + U.square() @ λ
         generator = torch.Generator().manual_seed(o.seed)
         found, self.U = largest(H, len(U), o.rank, o.oversample, o.walks, generator, like=self.zero)
-        self.λ = found.clamp_min(0)
+        self.λ, self.U = found.clamp_min(0), self.U.contiguous()
         τ = (diagonal - self.U.square() @ self.λ).clamp_min(0)
         if τ.sum() <= 1e-10 * diagonal.sum():  # nothing but rounding
             τ = torch.zeros_like(τ)

@@ -95,7 +95,7 @@ def make(net: nn.Module, x: Tensor, root: Callable[[Tensor], Tensor] = softmax_r
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64)
 
 
 def mlp(d: int = 3, h: int = 4, c: int = 3, n: int = 6, seed: int = 0) -> Problem:
