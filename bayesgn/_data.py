@@ -22,7 +22,7 @@ def batches(data: Any, batch_size: int = 256) -> Iterable[tuple[Any, Tensor]]:
     """
     if isinstance(data, torch.utils.data.Dataset) and not isinstance(data, torch.utils.data.IterableDataset):
         data = torch.utils.data.DataLoader(data, batch_size=batch_size)
-    if isinstance(data, Tensor) or data is None:
+    if isinstance(data, Tensor) or data is None or hasattr(data, "__array__"):
         raise TypeError(f"data is {describe(data)}; expected a DataLoader, a pair (x, y), or batches of such pairs.")
     if isinstance(data, Mapping) or _is_pair_of_arrays(data):
         x, y = _as_pair(data)
@@ -66,13 +66,18 @@ def _as_pair(batch: Any) -> tuple[Any, Tensor]:
         key = next((k for k in LABEL_KEYS if k in batch), None)
         if key is None:
             raise ValueError(f"a batch with keys {list(batch)} has no targets; expected one of {list(LABEL_KEYS)}.")
-        return {k: v for k, v in batch.items() if k != key}, batch[key]
+        x, y = {k: v for k, v in batch.items() if k != key}, batch[key]
+        if not isinstance(y, Tensor):
+            raise TypeError(f"the targets {key!r} of a batch are {describe(y)}; expected a tensor.")
+        _check_length(x, y)
+        return x, y
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         x, y = batch
         if isinstance(x, list) and _is_tensors(x):
             x = tuple(x)
         if not isinstance(y, Tensor):
-            raise TypeError(f"targets are a {type(y).__name__}; expected a tensor. Use a collate_fn that stacks them.")
+            hint = "torch.from_numpy(y)" if hasattr(y, "__array__") else "a collate_fn that stacks them"
+            raise TypeError(f"targets are {describe(y)}; expected a tensor. Use {hint}.")
         _check_length(x, y)
         return x, y
     if isinstance(batch, (tuple, list)) and len(batch) > 2 and _is_tensors(batch):
@@ -81,6 +86,8 @@ def _as_pair(batch: Any) -> tuple[Any, Tensor]:
 
 
 def _check_length(x: Any, y: Tensor) -> None:
+    if y.dim() == 0:
+        raise ValueError(f"targets are a single number ({y!r}); expected one for each of the {len_of(x)} data, [n] or [n c].")
     if len_of(x) != y.shape[0]:
         raise ValueError(f"x has {len_of(x)} rows but y has {y.shape[0]} (shape {tuple(y.shape)}); they must match.")
 
@@ -100,7 +107,8 @@ def len_of(x: Any) -> int:
     """Number of data in an input: the first dimension of its tensors."""
     parts = [t for t in tensors(x) if t.dim() > 0]
     if not parts:
-        raise TypeError(f"an input is {describe(x)}; expected a tensor, or a tuple or mapping of tensors.")
+        hint = " (torch.from_numpy(x))" if hasattr(x, "__array__") and not isinstance(x, Tensor) else ""
+        raise TypeError(f"an input is {describe(x)}; expected a tensor{hint}, or a tuple or mapping of tensors, data first.")
     return parts[0].shape[0]
 
 
@@ -130,6 +138,8 @@ def split(x: Any, size: int) -> Iterator[tuple[int, Any]]:
 
 def to(x: Any, device: torch.device) -> Any:
     """An input on ``device`` (dtypes are kept)."""
+    if device.type != "meta" and any(t.is_meta for t in tensors(x)):
+        raise ValueError(f"an input is {describe(x)} on the meta device, which holds no numbers; pass real data (the net is on {device}).")
     return apply(x, lambda t: t.to(device, non_blocking=True))
 
 
@@ -153,5 +163,9 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with keys {list(value)}"
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"{value!r} ({type(value).__name__})"
+        inside = f": {', '.join(describe(v) for v in value)}" if 0 < len(value) <= 4 and _is_tensors(value) else ""
+        return f"a {type(value).__name__} of {len(value)}{inside}"
+    if hasattr(value, "__array__") and hasattr(value, "shape"):
+        return f"a {type(value).__module__.partition('.')[0]} {type(value).__name__} of shape {tuple(value.shape)}"
+    shown = repr(value)
+    return f"{shown if len(shown) <= 80 else shown[:77] + '...'} ({type(value).__name__})"

@@ -44,6 +44,11 @@ class ParameterVector:
             raise TypeError(f"parameters={parameters!r} is a str; pass a list of names, e.g. [{parameters!r}].")
         else:
             chosen = dict.fromkeys(parameters)
+        odd = next((name for name in chosen if not isinstance(name, str)), None)
+        if odd is not None:
+            raise TypeError(
+                f"parameters holds {type(odd).__name__} objects; expected names, e.g. {list(own)[:2]}, or masks by name."
+            )
         # A tied parameter is listed once by named_parameters(); accept any of its names.
         aliases = {}
         for name, p in net.named_parameters(remove_duplicate=False):
@@ -56,6 +61,8 @@ class ParameterVector:
         for name, mask in chosen.items():
             if mask is None:
                 continue
+            if not isinstance(mask, Tensor):
+                raise TypeError(f"mask for {name} is a {type(mask).__name__}; expected a bool tensor {tuple(own[name].shape)} or None.")
             if mask.dtype != torch.bool or mask.shape != own[name].shape:
                 raise ValueError(
                     f"mask for {name} is {mask.dtype} {tuple(mask.shape)}; expected bool {tuple(own[name].shape)}."

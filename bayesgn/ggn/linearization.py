@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,7 +55,15 @@ def call(net: nn.Module, x: Any, weights: Mapping[str, Tensor] | None = None) ->
         args, kwargs = x, {}
     else:
         args, kwargs = (x,), {}
-    output = net(*args, **kwargs) if weights is None else functional_call(net, dict(weights), args, kwargs)
+    try:
+        output = net(*args, **kwargs) if weights is None else functional_call(net, dict(weights), args, kwargs)
+    except RuntimeError as error:
+        p = next(net.parameters(), None)
+        if type(error) is not RuntimeError or p is None:  # (running out of memory has a type of its own)
+            raise
+        raise RuntimeError(
+            f"{type(net).__name__} (weights {p.dtype} on {p.device}) failed on {_data.describe(x)}: {error}"
+        ) from error
     if isinstance(output, Tensor):
         return output
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -156,7 +165,7 @@ class Linearizer:
     def evaluate(self, x: Any, rows: Callable[[Tensor], Tensor]) -> Tensor:
         """Outputs only [n *positions c], without a graph."""
         with at_rest(self.net, {}), torch.no_grad():
-            return rows(call(self.net, self._place(x)))
+            return _per_datum(rows(call(self.net, self._place(x))), _data.len_of(x))
 
     def __call__(self, x: Any, rows: Callable[[Tensor], Tensor], differentiable: bool = False) -> Linearization:
         """Linearise on a batch; ``rows`` brings the raw output to [n *positions c].
@@ -195,15 +204,11 @@ class Linearizer:
         else:
             engine, inputs = None, []
             with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, n, differentiable) as taps:
-                output = rows(call(self.net, x))
-                flat = output.reshape(len(output), -1)
+                output = _per_datum(rows(call(self.net, x)), n)
+                flat = output.reshape(n, -1)
             if hooks.stale(taps):
                 raise _OverwrittenError
-        if output.shape[0] != n:
-            raise ValueError(
-                f"the net answered {output.shape[0]} rows for {n} data (output {tuple(output.shape)}); the first "
-                "dimension of its output must run over data."
-            )
+        _per_datum(output, n)
 
         @torch.inference_mode(False)
         @torch.set_grad_enabled(differentiable)
@@ -296,13 +301,8 @@ class Linearizer:
         n = _data.len_of(two)
         selected = self.vector.tensors(self.net)
         with at_rest(self.net, selected), hooks.tapping(self.blocks, n) as taps:
-            raw = call(self.net, two)
-            output = rows(raw)
-        if output.shape[0] != n:
-            raise ValueError(
-                f"the net answered {output.shape[0]} rows for {n} data (output {tuple(output.shape)}); the first "
-                "dimension of its output must run over data."
-            )
+            output = _per_datum(rows(call(self.net, two)), n)
+        _data.check_finite(output, "the net's output")  # NaN equals nothing, so no engine would pass its check
         flat = output.reshape(n, -1)
         self.r = flat.shape[1]
         if not flat.requires_grad:
@@ -324,12 +324,30 @@ class Linearizer:
             self._batched = False  # a batched convolution backward is slower than one column at a time on a CPU (1.8×)
         self._plan_backpack(two, output, S, reference)
         self._planned = n > 1
+        self._warn_if_coupled(two, rows, output)
         logger.info(
             "engine %s for %s; explicit Jacobians for %s",
             "BackPACK" if self.engine is not None else "hooks",
             [b.name for b in self.blocks if b.module is not None],
             [b.name for b in self.blocks if b.module is None],
         )
+
+    def _warn_if_coupled(self, two: Any, rows: Callable, output: Tensor) -> None:
+        """Say so where the answer to a datum is random, or depends on the other data of its batch: J is then not a datum's own."""
+        try:
+            again = self.evaluate(two, rows)
+            alone = torch.cat([self.evaluate(one, rows) for _, one in _data.split(two, 1)])
+        except (RuntimeError, ValueError, IndexError):
+            return  # a net that cannot take a batch of one
+        for other, why in ((again, "are random: two calls with the same x differ"), (alone, "for a datum depend on the other data of its batch")):
+            if not close(other, output):
+                warnings.warn(
+                    f"the answers of {type(self.net).__name__} {why} (by up to {(other - output).abs().max().item():.3g}, in eval mode), so "
+                    "that its curvature and predictions are not those of one function. Look for functional dropout without "
+                    "training=self.training, sampling in forward, or statistics over the batch.",
+                    stacklevel=2,
+                )
+                return
 
     def _check_broadcast(self, two: Any, rows: Callable, output: Tensor, S: Tensor, reference: list[Tensor]) -> None:
         """Keep "broadcast" blocks (so far only guessed at) where the net answers the same with their output spread over data."""
@@ -386,6 +404,16 @@ class Linearizer:
             self.engine = engine
         else:
             logger.info("BackPACK's answer differs from autograd on this net: not used")
+
+
+def _per_datum(output: Tensor, n: int) -> Tensor:
+    """The output, if its first dimension runs over the n data."""
+    if output.dim() == 0 or output.shape[0] != n:
+        raise ValueError(
+            f"the net answered {output.shape[0] if output.dim() else 'a single number'}{' rows' if output.dim() else ''} for {n} data "
+            f"(output {tuple(output.shape)}); the first dimension of its output must run over data."
+        )
+    return output
 
 
 def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) -> Block:

@@ -87,13 +87,13 @@ class GraphProducts(BatchProducts):
             f = rows(call(self.net, x))
             self.f = f.reshape(len(f), -1)
             self.u = torch.zeros_like(self.f, requires_grad=True)
-            self.g = self._grad(self.f, list(self.selected.values()), self.u, create_graph=True)
+            self.g = self._grad([self.f], list(self.selected.values()), [self.u], create_graph=True)
 
     @staticmethod
-    def _grad(outputs: Any, inputs: Any, v: Any, **options: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            outputs, inputs, v, retain_graph=True, allow_unused=True, materialize_grads=True, **options
-        )
+    def _grad(outputs: list[Tensor], inputs: list[Tensor], v: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, inputs, v, retain_graph=True, allow_unused=True, **options)
+        columns = (len(v[0]),) if options.get("is_grads_batched") else ()  # (materialize_grads forgets the columns)
+        return tuple(q.new_zeros(*columns, *q.shape) if g is None else g for g, q in zip(found, inputs, strict=True))
 
     def _columns(self, outputs: list[Tensor], inputs: list[Tensor], columns: list[Tensor]) -> list[Tensor]:
         """Products of columns [s …] with the transposed Jacobian of outputs by inputs: [s …] for every input."""

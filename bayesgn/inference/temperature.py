@@ -97,8 +97,8 @@ def fit_temperature(likelihood, f, y: Tensor) -> Tempered:
 def score(likelihood, y: Distribution, target: Tensor, metric: Callable = metrics.nll) -> float:
     """A metric of a predictive, without the rows that the likelihood ignores."""
     ignore = getattr(likelihood, "ignore_index", None)
-    if metrics.is_classification(y):
-        return float(metric(y, target) if ignore is None else metric(y, target, ignore_index=ignore))
+    if ignore is not None and bool((target == ignore).any()):
+        return float(metric(y, target, ignore_index=ignore))
     return float(metric(y, target))
 
 

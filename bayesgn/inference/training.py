@@ -190,7 +190,8 @@ class _Run:
                 self.likelihood.validate(f.detach(), y)
             loss = -self.likelihood.log_prob(f, y).sum() / len(f) + self.penalty() / N
             if not bool(torch.isfinite(loss)):
-                raise ValueError(f"the loss is {loss.item()} in batch {i} of epoch {epoch}; lower lr={opt.param_groups[0]['lr']:g} or look for NaN in the data.")
+                lr = opt.param_groups[0]["lr"]
+                raise ValueError(f"the loss is {loss.item()} in batch {i} of epoch {epoch}; lower lr={lr:g} or look for NaN in the data.")
             opt.zero_grad(set_to_none=True)
             loss.backward()
             opt.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributions as td
 
@@ -41,6 +43,10 @@ class Bernoulli(Elementwise):
     def _validate_targets(self, f, y):
         self._refuse(y, (y != 0) & (y != 1) & ~y.isnan(), "labels are 0 or 1 (NaN: missing)",
                      "encode labels as 0/1, or use Categorical() for several exclusive classes")
+        if f.numel() >= 16 and bool(((f >= 0) & (f <= 1)).all()):
+            warnings.warn(f"Bernoulli: all {f.numel()} latent values lie in [0, 1] (first {[round(v, 4) for v in f.flatten()[:4].tolist()]}), so "
+                          "the net's output seems to have passed a sigmoid already; logits are expected: take the sigmoid out of the net, "
+                          "pass its logit, or use FromDistribution(lambda f: torch.distributions.Bernoulli(probs=f))", stacklevel=3)
 
     def _log_prob(self, f, y):
         return self.link.log((2 * y - 1) * f)

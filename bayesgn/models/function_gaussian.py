@@ -74,8 +74,33 @@ class FunctionGaussian(MultitaskMultivariateNormal):
 
     def rsample(self, sample_shape=torch.Size(), base_samples: Tensor | None = None) -> Tensor:
         # Exact: above 800 rows linear_operator would turn to Lanczos without a word.
+        if base_samples is not None:
+            sample_shape = base_samples.shape[: base_samples.dim() - self.mean.dim()]
+            if base_samples.shape[len(sample_shape) :] != self.mean.shape:
+                raise ValueError(f"base_samples have shape {tuple(base_samples.shape)}; expected [..., {', '.join(map(str, self.mean.shape))}].")
         return self.answer.draw(self.mean, torch.Size(sample_shape), base_samples)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        joint = torch.distributions.MultivariateNormal(self.mean.reshape(-1), self.answer.dense(jitter=True))
-        return joint.log_prob(value.reshape(*value.shape[:-2], -1))
+        if value.shape[-2:] != self.mean.shape:
+            raise ValueError(f"value has shape {tuple(value.shape)}; expected [..., {', '.join(map(str, self.mean.shape))}].")
+        L = self.answer.cholesky()
+        joint = torch.distributions.MultivariateNormal(self.mean.reshape(-1).to(L), scale_tril=L)
+        return joint.log_prob(value.reshape(*value.shape[:-2], -1).to(L)).to(self.mean)
+
+    # What gpytorch makes out of a Gaussian by `self.__class__(mean, covariance)` is a plain Gaussian of its own.
+
+    def plain(self) -> MultitaskMultivariateNormal:
+        """The same Gaussian as gpytorch's own class."""
+        return MultitaskMultivariateNormal(self.mean, self.lazy_covariance_matrix)
+
+    def expand(self, batch_size) -> MultitaskMultivariateNormal:
+        return self.plain().expand(batch_size)
+
+    def add_jitter(self, noise: float = 1e-4) -> MultitaskMultivariateNormal:
+        return self.plain().add_jitter(noise)
+
+    def __add__(self, other) -> MultitaskMultivariateNormal:
+        return self.plain() + (other.plain() if isinstance(other, FunctionGaussian) else other)
+
+    def __mul__(self, other) -> MultitaskMultivariateNormal:
+        return self.plain() * other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from bayesgn import _data
 from bayesgn._parameters import ParameterVector, Selection
 from bayesgn.ggn import Kron, Linearization, Linearizer, Structure
+from bayesgn.likelihoods.base import Likelihood
 from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.weight_prior import WeightPrior
-from bayesgn.rules import Laplace
+from bayesgn.rules import Curvature, Laplace
 
 logger = logging.getLogger("bayesgn.models")
 
@@ -59,6 +61,12 @@ class Network:
             raise TypeError(f"net is a {type(net).__name__}; expected a torch.nn.Module.")
         if isinstance(prior, (int, float)):
             raise TypeError(f"prior={prior!r}; pass models.WeightPrior({prior!r}).")
+        if prior is not None and not (hasattr(prior, "of") and hasattr(prior, "mean_vector")):
+            raise TypeError(f"prior={prior!r} is a {type(prior).__name__}; expected a models.WeightPrior.")
+        on_meta = [name for name, t in (*net.named_parameters(), *net.named_buffers()) if t.is_meta]
+        if on_meta:
+            raise ValueError(f"{on_meta[0]} and {len(on_meta) - 1} more tensors of {type(net).__name__} are on the meta device, which holds no "
+                             "numbers; load the trained weights first (load_state_dict(..., assign=True)).")
         self.structure = structure() if isinstance(structure, type) else structure
         if not isinstance(self.structure, Structure):
             raise TypeError(f"structure={structure!r}; expected a structure such as ggn.Kron or ggn.LowRank(rank=100).")
@@ -87,7 +95,8 @@ class Network:
 
         ``checkpoint``, a path or a :class:`Checkpoint`, lets an interrupted walk go on where it stopped.
         """
-        rule = Laplace() if rule is None else rule
+        rule = _check_rule(rule)
+        _check_likelihood(likelihood)
         like = next(iter(self.vector.tensors(self.net).values()))
         stream = Stream(self.linearizer, likelihood, rule, data, generator, progress)
         stream.begin()
@@ -113,10 +122,38 @@ class Network:
             structure=self.structure,
         )
 
+    def __call__(self, x: Any):
+        raise RuntimeError(
+            "this Network has seen no data: posterior = bgn.laplace(model, likelihood, train_loader), then posterior(x). For the "
+            "trained net's own answer call model.net(x)."
+        )
+
     def __repr__(self) -> str:
         return (
             f"Network({type(self.net).__name__}, {self.vector.numel} weights in {len(self.linearizer.blocks)} blocks, "
             f"{self.structure}, {self.prior})"
+        )
+
+
+def _check_rule(rule: Any) -> Laplace:
+    if rule is None:
+        return Laplace()
+    if isinstance(rule, Curvature) or (isinstance(rule, type) and issubclass(rule, (Curvature, Laplace))):
+        name = rule.__name__ if isinstance(rule, type) else repr(rule).partition("(")[0]
+        proper = "rules.Laplace()" if name == "Laplace" else f"rules.Laplace(curvature=rules.{name}(...))"
+        raise TypeError(f"rule={rule!r}; expected a rule, an expansion with a curvature: {proper}.")
+    if not hasattr(rule, "curvature"):
+        raise TypeError(f"rule={rule!r} is a {type(rule).__name__}; expected a rule such as rules.Laplace().")
+    return rule
+
+
+def _check_likelihood(likelihood: Any) -> None:
+    if isinstance(likelihood, type):
+        raise TypeError(f"likelihood is the class {likelihood.__name__}; pass an object: likelihoods.{likelihood.__name__}(...).")
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood is {likelihood!r} ({type(likelihood).__name__}); expected one of bayesgn.likelihoods: Categorical() for a net trained "
+            "by CrossEntropyLoss, Bernoulli() by BCEWithLogitsLoss, Gaussian(noise) by MSELoss, FromDistribution(...) for your own."
         )
 
 
@@ -142,28 +179,27 @@ class Stream:
         self.generator, self.progress, self.checkpoint = generator, progress, checkpoint
         self._seed = None if generator is None else generator.get_state()
         self.walks = 0
+        self._walked = 0  # data of the first walk
+        self._begun: Iterator | None = None
         self.count = 0  # data seen
         self.statistics: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Plan the linearizer on the first batch, so that blocks are settled before a structure starts."""
-        if not self.once_only:
-            for x, _ in self.data:
-                _data.check_finite(x, "x")
-                self.linearizer.prepare(x, self.likelihood.rows)
-                return
-            raise ValueError("the loader gave no batch (0 data); there is nothing to condition on.")
-        first = next(self.data, None)  # type: ignore[arg-type]
-        if first is None:
-            raise ValueError("the iterator gave no batch: it is empty or was walked before. Pass a DataLoader or a list of batches.")
-        self.linearizer.prepare(first[0], self.likelihood.rows)
-        rest = self.data
-
-        def chained() -> Iterator:
-            yield first
-            yield from rest
-
-        self.data = chained()
+        walk = iter(self.data)
+        skipped = []
+        for batch in walk:
+            if _data.len_of(batch[0]) == 0:
+                skipped.append(batch)
+                continue
+            _data.check_finite(batch[0], "x")
+            self.linearizer.prepare(batch[0], self.likelihood.rows)
+            # The first walk goes on from here: a loader that draws from a stream would not give this batch again.
+            self._begun = itertools.chain(skipped, [batch], walk)
+            return
+        if self.once_only:
+            raise ValueError("the iterator gave no data: it is empty or was walked before. Pass a DataLoader or a list of batches.")
+        raise ValueError(f"the loader gave no data ({len(skipped)} batches, 0 rows); there is nothing to condition on.")
 
     def __iter__(self) -> Iterator[tuple[Linearization, Tensor]]:
         if self.walks and self.once_only:
@@ -175,15 +211,18 @@ class Stream:
             self.generator.set_state(self._seed)
         first_walk, self.walks = self.walks == 0, self.walks + 1
         scale = self.rule.curvature.scale(self.likelihood).detach()
-        checkpoint, index = self.checkpoint, -1
+        checkpoint, index, seen = self.checkpoint, -1, 0
         for index, (x, y) in enumerate(self._batches()):
+            seen += _data.len_of(x)
             if checkpoint is not None and checkpoint.skips(index, x, y):
+                continue
+            if _data.len_of(x) == 0:
                 continue
             _data.check_finite(x, "x")
             size = self.linearizer.chunk(self.rule.curvature.columns(self.linearizer.r))
             for start, part in _data.split(x, size):
                 lin = self.linearizer(part, self.likelihood.rows)
-                f, target = lin.output, y[start : start + lin.n].to(lin.output.device)
+                f, target = lin.output, _data.to(y[start : start + lin.n], lin.output.device)
                 self.likelihood.validate(f, target)
                 with torch.no_grad():
                     S = self.rule.root(self.likelihood, f, target, self.generator) / scale.sqrt().to(f.dtype)
@@ -194,8 +233,13 @@ class Stream:
                 checkpoint.added(index, x, y)
         if checkpoint is not None:
             checkpoint.close(index + 1)
-        if first_walk and self.count == 0:
-            raise ValueError("the loader gave no data (0 rows); there is nothing to condition on.")
+        if first_walk:
+            self._walked = seen
+        elif seen != self._walked:
+            raise ValueError(
+                f"this structure walks the data more than once; the first walk gave {self._walked} data, this one {seen}. Pass a loader that gives "
+                "the same data at every walk (not one that draws from a generator or a stream)."
+            )
 
     def _note(self, f: Tensor, y: Tensor) -> None:
         self.count += f.shape[0]
@@ -217,9 +261,14 @@ class Stream:
             yield batch
 
     def _bar(self) -> Iterable:
+        data, self._begun = self.data if self._begun is None else self._begun, None
         if self.progress is False:
-            return self.data
+            return data
         from tqdm.auto import tqdm
 
         # Shown on its own only for work that takes longer than two seconds.
-        return tqdm(self.data, desc="curvature", unit="batch", leave=False, delay=0 if self.progress else 2)
+        try:
+            total = len(self.data)  # type: ignore[arg-type]
+        except TypeError:
+            total = None
+        return tqdm(data, total=total, desc="curvature", unit="batch", leave=False, delay=0 if self.progress else 2)

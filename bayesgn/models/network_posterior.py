@@ -54,9 +54,11 @@ class NetworkPosterior(Posterior):
         self.prior.to(like.device, dtype)
         self.likelihood.to(like.device, dtype)
         self.deviation = (self.mean - self.prior.mean_vector(linearizer.vector, like)).to(torch.float64)  # θ* − μ
-        self._seen = _versions(self.net)
+        self._seen, self._sums = _versions(self.net), _sums(self.net)
         self._print = fingerprint(self.net)
         self._cached: tuple[Any, Precision] | None = None
+        self._made: tuple[Curvature, dict[str, Tensor], Tensor] | None = None
+        self._check_likelihood(rule.curvature.scale(likelihood).double())
 
     @property
     def net(self) -> nn.Module:
@@ -68,7 +70,23 @@ class NetworkPosterior(Posterior):
     def precision(self) -> Precision:
         """scale · H + P at the present hyper-parameters, with a graph to them."""
         blocks = self.curvature.blocks
-        return self.curvature.with_prior(self.prior.of(blocks), self.rule.curvature.scale(self.likelihood).double())
+        scale = self.rule.curvature.scale(self.likelihood).double()
+        self._check_likelihood(scale)
+        return self.curvature.with_prior(self.prior.of(blocks), scale)
+
+    def _check_likelihood(self, scale: Tensor) -> None:
+        """Raise where the likelihood moved since H was made and H does not scale with what moved."""
+        now = {name: p.detach().clone() for name, p in self.likelihood.named_parameters()}
+        if self._made is None or self._made[0] is not self.curvature:  # a new H, made with the likelihood as it is
+            self._made = (self.curvature, now, scale.detach())
+            return
+        _, then, before = self._made
+        moved = [k for k, p in now.items() if not torch.allclose(p.double(), then[k].double(), rtol=1e-5, atol=1e-7)]
+        if moved and torch.equal(scale.detach(), before):
+            raise ValueError(
+                f"{type(self.likelihood).__name__}'s {moved[0]} is {now[moved[0]].tolist()} but H was made at {then[moved[0]].tolist()} and does "
+                "not scale with it. Fit again with this likelihood, or tune it by bgn.maximize_evidence(posterior, data=train_loader)."
+            )
 
     def _settled(self) -> Precision:
         """The same without a graph, kept until a hyper-parameter or H changes."""
@@ -85,7 +103,7 @@ class NetworkPosterior(Posterior):
 
     def sample_weights(self, n: int = 1, generator: torch.Generator | None = None) -> Tensor:
         """Draws from q(θ) [n p], in the order of ``posterior.linearizer.vector.names``."""
-        return self.mean + self._settled().sample(n, generator).to(self.mean)
+        return self.mean + self._settled().sample(_count(n), generator).to(self.mean)
 
     # -- function space --------------------------------------------------------------------------------------------
 
@@ -98,7 +116,7 @@ class NetworkPosterior(Posterior):
             from bayesgn.models.function_gaussian import FunctionGaussian
 
         self.check_fresh()
-        _data.check_finite(x, "x")
+        _check_input(x)
         answer = _Answer(self, x)
         mean = answer.mean()
         return FunctionGaussian(mean.reshape(-1, mean.shape[-1]), answer, tuple(mean.shape[1:-1]))
@@ -108,10 +126,11 @@ class NetworkPosterior(Posterior):
 
             f_s(x) = f(x; θ*) + J(x) (θ_s − θ*),   θ_s ~ q
         """
-        deviations = self._settled().sample(n, generator)
+        deviations = self._settled().sample(_count(n), generator)
 
         def functions(x: Any) -> Tensor:
             self.check_fresh()
+            _check_input(x)
             out = []
             for part in self._parts(x):
                 lin = self.linearizer(part, self.likelihood.rows)
@@ -133,6 +152,7 @@ class NetworkPosterior(Posterior):
         For a curved net this is not the linearised answer; Immer et al. (2021) show it underfits under a GGN posterior.
         """
         self.check_fresh()
+        _check_input(x)
         x = self.linearizer._place(x)
         rows = self.likelihood.rows
         out = []
@@ -157,7 +177,10 @@ class NetworkPosterior(Posterior):
             (p * self.deviation[b.where].square()).sum() for p, b in zip(prior, blocks, strict=True)
         )
         logdet_prior = sum(p.log() * b.numel if p.dim() == 0 else p.log().sum() for p, b in zip(prior, blocks, strict=True))
-        return self.log_likelihood() - 0.5 * quadratic + 0.5 * logdet_prior - 0.5 * self.precision().logdet()
+        fit = self.log_likelihood()
+        if not self.rule.curvature.scale(self.likelihood).requires_grad:
+            fit = fit.detach()  # H has no graph to these parameters: half a gradient would be a wrong one
+        return fit - 0.5 * quadratic + 0.5 * logdet_prior - 0.5 * self.precision().logdet()
 
     def log_likelihood(self) -> Tensor:
         """Σ log p(y_n | f(x_n; θ*)) over the data seen."""
@@ -224,14 +247,14 @@ class NetworkPosterior(Posterior):
     def check_fresh(self) -> None:
         """Raise :class:`StalePosteriorError` when the net's weights are no longer those the posterior was made at."""
         versions = _versions(self.net)
-        if versions == self._seen:
+        if versions == self._seen and _sums(self.net) == self._sums:
             return
         if fingerprint(self.net) != self._print:
             raise StalePosteriorError(
                 f"the weights or buffers of {type(self.net).__name__} changed after the posterior was made; its curvature belongs "
                 "to the old ones. Fit again, or load the old weights back."
             )
-        self._seen = versions
+        self._seen, self._sums = versions, _sums(self.net)
 
     def _parts(self, x: Any) -> Iterator[Any]:
         x = self.linearizer._place(x)
@@ -253,6 +276,7 @@ class _Answer:
         self.posterior, self.x = posterior, x
         self.differentiable = any(t.requires_grad for t in _data.tensors(x)) and torch.is_grad_enabled()
         self.settled = posterior._settled()
+        self._written = [(t, t._version) for t in _data.tensors(x) if not t.is_inference()]
         self._mean: Tensor | None = None
         self._blocks: Tensor | None = None
         self._dense: Tensor | None = None
@@ -296,26 +320,33 @@ class _Answer:
         covariance = self.settled.covariance(factors)
         return 0.5 * (covariance + covariance.mT)
 
-    def dense(self, jitter: bool = False) -> Tensor:
+    def dense(self) -> Tensor:
         """Joint covariance [N c, N c]."""
         if self._dense is None:
             parts = [lin.factors() for lin in self._linearizations()]
             rows = [torch.cat([self.settled.joint(a, b) for b in parts], dim=1) for a in parts]
             joint = torch.cat(rows)
             self._dense = (0.5 * (joint + joint.mT)).to(self.mean().dtype)
-        if jitter:
-            L = safe_cholesky(self._dense)
-            return L @ L.mT
         return self._dense
+
+    def cholesky(self) -> Tensor:
+        """An exact root of the joint covariance (of rank p at most, so that it may need jitter of the order of rounding)."""
+        return safe_cholesky(self.dense().to(accumulator(self.dense())))
 
     def draw(self, mean: Tensor, shape: torch.Size, base: Tensor | None) -> Tensor:
         """Joint draws of [N c] by an exact root of the dense covariance."""
-        L = safe_cholesky(self.dense().double())
+        L = self.cholesky()
         ε = randn((*shape, L.shape[0]), L, None) if base is None else base.reshape(*shape, -1).to(L)
         return mean + (ε @ L.mT).unflatten(-1, mean.shape).to(mean)
 
     def _linearizations(self) -> Iterator:
         posterior = self.posterior
+        posterior.check_fresh()  # the mean was taken when the posterior was called, the covariance is worked out now
+        if any(t._version != version for t, version in self._written):
+            raise RuntimeError(
+                "x was overwritten in place between posterior(x) and the covariance, which is worked out when it is asked for; call "
+                "posterior(x) again, or ask for .variance before x changes."
+            )
         if self.differentiable:
             x = posterior.linearizer._place(self.x)
             yield posterior.linearizer(x, posterior.likelihood.rows, differentiable=True)
@@ -328,8 +359,36 @@ def _check_output(f: Tensor) -> None:
     _data.check_finite(f, "the net's output")
 
 
+def _check_input(x: Any) -> None:
+    if _data.len_of(x) == 0:
+        raise ValueError(f"x is {_data.describe(x)}: 0 data; pass at least one.")
+    _data.check_finite(x, "x")
+
+
+def _count(n: Any) -> int:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n={n!r} samples; expected a whole number, at least 1.")
+    return n
+
+
 def _versions(net: nn.Module) -> tuple:
-    return tuple((id(t), t._version) for t in (*net.parameters(), *net.buffers()))
+    return tuple((id(t), t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()) if not t.is_inference())
+
+
+def _sums(net: nn.Module) -> list[float]:
+    """Sums of values and of their sizes: a write through ``.data`` leaves no trace in versions, but here."""
+    with torch.no_grad():
+        groups: dict[tuple, list[Tensor]] = {}
+        for t in (*net.parameters(), *net.buffers()):
+            if t.is_floating_point() and t.numel() and not t.is_meta:
+                groups.setdefault((t.device, t.dtype), []).append(t.detach())
+        out = []
+        for (_, dtype), ts in groups.items():
+            wide = torch.float32 if dtype.itemsize < 4 else dtype
+            sums = torch.stack([t.sum(dtype=wide) for t in ts])
+            sizes = torch.stack(torch._foreach_norm(ts))
+            out += [sums.tolist(), sizes.tolist()]
+        return out
 
 
 def fingerprint(net: nn.Module) -> str:

@@ -75,7 +75,7 @@ def _trainable(net: nn.Module) -> dict[str, Tensor]:
 
 def _top(net: nn.Module, scores: dict[str, Tensor], count: int) -> Subset:
     flat = torch.cat([s.reshape(-1) for s in scores.values()])
-    if not 1 <= count <= len(flat):
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= len(flat):
         raise ValueError(f"count={count}; expected between 1 and the {len(flat)} trainable weights of the net.")
     chosen = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
     chosen[flat.topk(count).indices] = True

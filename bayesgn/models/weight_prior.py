@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +40,22 @@ class WeightPrior(nn.Module):
 
     def __init__(self, precision: float | Tensor = 1.0, mean: float | Mapping[str, Tensor] = 0.0) -> None:
         super().__init__()
-        value = torch.as_tensor(precision, dtype=torch.float64)
+        value = _as_precision(precision)
         _check_positive(value)
         self.log_precision = nn.Parameter(value.detach().clone().log())
-        self.mean = float(mean) if isinstance(mean, (int, float)) else {k: v.detach().clone() for k, v in mean.items()}
+        if not isinstance(mean, (int, float, Mapping)):
+            raise TypeError(f"mean is a {type(mean).__name__}; expected a number, or tensors by parameter name: {{'0.weight': ...}}.")
+        self.mean = float(mean) if not isinstance(mean, Mapping) else {k: v.detach().clone() for k, v in mean.items()}
+        for name, part in self.mean.items() if isinstance(self.mean, dict) else [("all weights", torch.tensor(self.mean))]:
+            if not bool(torch.isfinite(part).all()):
+                raise ValueError(f"the prior mean of {name} holds {part[~torch.isfinite(part)].reshape(-1)[0].item()}; expected finite numbers.")
         self.groups: dict[str, int] | None = None  # layer name -> entry of the precision vector
 
     @staticmethod
     def per_layer(net: nn.Module, precision: float | Tensor = 1.0, mean: float | Mapping[str, Tensor] = 0.0) -> WeightPrior:
         """One precision for each module of ``net`` that owns parameters."""
         layers = [name for name, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
-        value = torch.as_tensor(precision, dtype=torch.float64)
+        value = _as_precision(precision)
         if value.dim() > 0 and value.shape != (len(layers),):
             raise ValueError(f"precision has shape {tuple(value.shape)}; expected a number or one for each of {layers}.")
         prior = WeightPrior(value.expand(len(layers)), mean)
@@ -63,7 +68,7 @@ class WeightPrior(nn.Module):
     ) -> WeightPrior:
         """One precision for each selected weight of ``net``, in the order of its parameters."""
         p = ParameterVector.of(net, parameters).numel
-        value = torch.as_tensor(precision, dtype=torch.float64)
+        value = _as_precision(precision)
         if value.dim() > 0 and value.shape != (p,):
             raise ValueError(f"precision has shape {tuple(value.shape)}; expected a number or one for each of the {p} weights.")
         return WeightPrior(value.expand(p), mean)
@@ -75,8 +80,10 @@ class WeightPrior(nn.Module):
 
     @precision.setter
     def precision(self, value: float | Tensor) -> None:
-        new = torch.as_tensor(value, dtype=self.log_precision.dtype, device=self.log_precision.device)
+        new = _as_precision(value).to(self.log_precision)
         _check_positive(new)
+        if new.dim() > 0 and new.shape != self.log_precision.shape:
+            raise ValueError(f"the prior's precision has shape {tuple(self.log_precision.shape)} but the new value {tuple(new.shape)}.")
         with torch.no_grad():
             self.log_precision.copy_(new.log().expand_as(self.log_precision))
 
@@ -119,6 +126,12 @@ class WeightPrior(nn.Module):
     def extra_repr(self) -> str:
         precision = self.precision.detach()
         return f"precision={precision.item():.4g}" if precision.dim() == 0 else f"precisions={len(precision)}"
+
+
+def _as_precision(value: Any) -> Tensor:
+    if isinstance(value, str) or value is None:
+        raise TypeError(f"prior precision is {value!r}; expected a positive number or a tensor of them, e.g. 1.0.")
+    return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _check_positive(value: Tensor) -> None:

@@ -56,6 +56,14 @@ def test_every_structure_comes_back_bit_for_bit(name, problem, tmp_path):
     same(posterior, loaded, x[:6])
 
 
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_float32_nets_too(name, tmp_path):
+    net, x, y = regression()
+    net, x, y = net.float(), x.float(), y.float()
+    posterior = fit(net, x, y, STRUCTURES[name])
+    same(posterior, roundtrip(posterior, net, tmp_path), x[:6])
+
+
 @pytest.mark.parametrize("name", ["Full", "Kron", "Diag", "Gram"])
 def test_a_loaded_posterior_takes_more_data(name, tmp_path):
     net, x, y = regression()

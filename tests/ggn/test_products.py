@@ -1,0 +1,108 @@
+"""H V by factors and by double backward equals brute force, for every module of the zoo, kept or walked again."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from bayesgn import _data
+from bayesgn._parameters import ParameterVector
+from bayesgn.ggn import Linearizer
+from bayesgn.ggn.products import FactorProducts, GraphProducts, Products
+from tests.ggn.problem import draw, mlp
+from tests.ggn.test_modules import rows_of, snapshot
+from tests.oracles import dense
+from tests.zoo.modules import ZOO, named
+
+ZERO = torch.zeros((), dtype=torch.float64)
+TWICE = {"embedding_bag"}  # torch has no second derivative of it: the factors serve
+
+
+class Walks:
+    """A stream over one batch of a zoo member, in two pieces, that can be walked again."""
+
+    def __init__(self, case) -> None:
+        self.net, self.x, self.r = case.build()
+        self.rows = rows_of(case)
+        self.linearizer = Linearizer(self.net, ParameterVector.of(self.net))
+        self.linearizer.prepare(self.x, self.rows)
+        self.p = self.linearizer.vector.numel
+        self.S = draw(_data.len_of(self.x), self.r, 2)
+        self.walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        for part in ([0, 1], list(range(2, len(self.S)))):
+            x = _data.rows(self.x, part)
+            lin = self.linearizer(x, self.rows)
+            lin.source = (self.linearizer, x, self.rows)
+            yield lin, self.S[part]
+
+
+@pytest.mark.parametrize("case", ZOO, ids=str)
+def test_every_module(case):
+    stream = Walks(case)
+    J = dense.jacobian(stream.net, stream.x, rows=stream.rows)
+    H = dense.ggn(J, stream.S @ stream.S.mT)
+    V = draw(stream.p, 3, seed=1)
+    before = snapshot(stream.net)
+    for graph in (False, True):
+        products = Products(stream, stream.linearizer.blocks, ZERO, graph=graph)
+        torch.testing.assert_close(products(V), H @ V, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(products.diagonal, H.diagonal(), rtol=1e-9, atol=1e-9)
+        assert products.m == len(stream.S) * 2
+        served = isinstance(products.kept[0], GraphProducts)
+        assert served == (graph and case.name not in TWICE), "double backward serves what torch can differentiate twice"
+    after = snapshot(stream.net)
+    assert before[1:] == after[1:] and all(torch.equal(v, after[0][k]) for k, v in before[0].items())
+
+
+def test_explicit_jacobians_are_left_to_the_graph(caplog):
+    with caplog.at_level(logging.INFO, logger="bayesgn.ggn"):
+        lstm, linear = (Walks(named(name)) for name in ("lstm", "mlp"))
+        lstm.S, linear.S = draw(len(lstm.S), lstm.r, 9), draw(len(linear.S), linear.r, 9)
+        kinds = [type(Products(s, s.linearizer.blocks, ZERO).kept[0]) for s in (lstm, linear)]
+    assert kinds == [GraphProducts, FactorProducts]
+    assert "double backward on a cached graph" in caplog.text and "by the factors" in caplog.text
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_walks_again_when_memory_is_short(graph):
+    problem = mlp()
+    stream = problem.stream([0, 1], [2, 3, 4, 5])
+    products = Products(stream, problem.blocks, ZERO, memory=0, graph=graph)
+    V = draw(problem.p, 2)
+    assert products.kept is None and stream.walks == 1
+    torch.testing.assert_close(products(V), problem.H @ V, rtol=1e-10, atol=1e-10)
+    assert stream.walks == 2
+    ε = products.noise(20_000, torch.Generator().manual_seed(0))
+    assert (ε @ ε.mT / 20_000 - problem.H).norm() < 0.05 * problem.H.norm()
+
+
+def test_a_linearization_of_unknown_source_is_served_by_factors():
+    problem = mlp()
+
+    def plain():
+        for lin, S in problem.stream():
+            del lin.source
+            yield lin, S
+
+    products = Products(list(plain()), problem.blocks, ZERO, graph=True)
+    V = draw(problem.p, 2)
+    torch.testing.assert_close(products(V), problem.H @ V, rtol=1e-10, atol=1e-10)
+
+
+def test_masked_weights():
+    problem = mlp()
+    names = dict(problem.net.named_parameters())
+    masks = {n: draw(*q.shape, seed=3) > 0 for n, q in names.items()}
+    problem.linearizer = Linearizer(problem.net, ParameterVector.of(problem.net, masks))
+    problem.linearizer.prepare(problem.x, lambda f: f)
+    keep = torch.cat([m.flatten() for m in masks.values()])
+    H = problem.H[keep][:, keep]
+    V = draw(len(H), 2)
+    for graph in (False, True):
+        products = Products(problem.stream(), problem.linearizer.blocks, ZERO, graph=graph)
+        torch.testing.assert_close(products(V), H @ V, rtol=1e-10, atol=1e-10)
