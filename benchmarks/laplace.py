@@ -216,8 +216,7 @@ def _answer(found: dict, case: Case, unit: str, several: int = 1) -> dict[str, A
 def memory(o: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of a fit and a prediction of one batch, beyond imports, net and data."""
     case = Case(o)
-    import bayesgn
-    from bayesgn import ggn, models  # noqa: F401
+    from bayesgn import ggn, models  # noqa: F401  (imports are not in the figure)
 
     if o["who"] != "ours":
         import laplace  # noqa: F401

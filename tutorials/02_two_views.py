@@ -197,8 +197,8 @@ figure.savefig(figures / "02_two_moons.png", dpi=110)
 # %% [markdown]
 # ## Where the two views agree
 #
-# A net that is linear in its uncertain weights has f(x; θ) = f(x; θ\*) + J (θ − θ\*) exactly, so both views are the same function of the same draw. That
-# holds for a linear model, and for the last layer of any net.
+# A net that is linear in its uncertain weights has f(x; θ) = f(x; θ\*) + J (θ − θ\*) exactly, so both views are the same function of the same draw.
+# That holds for a linear model, and for the last layer of any net.
 
 # %%
 features = lambda x: torch.exp(-2 * (x - torch.linspace(-3, 3, 12).double()) ** 2)  # twelve radial features

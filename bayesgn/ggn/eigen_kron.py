@@ -5,16 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesgn.ggn.block_diagonal import (
-    BlockCurvature,
-    BlockDiagonal,
-    BlockPrecision,
-    KronBlock,
-    KronPrecision,
-    explicit_block,
-)
+from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, explicit_block
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, unflatten_weights
+from bayesgn.ggn.kron import KronBlock, KronPrecision
 from bayesgn.ggn.structure import Curvature, Stream, Structure, accumulator, working
 
 
@@ -85,18 +79,19 @@ class EigenKronBlock(BlockCurvature):
 
     def settle(self) -> None:
         """Take the eigenbasis of the sums of the first walk, and begin the second with h = 0."""
-        eigenvalues, Q_a, self.Q_b = self.kron.eigen()
-        self.Q_a = self.Q_b.new_zeros(()) if Q_a is None else Q_a
-        self.h = torch.zeros_like(eigenvalues)
+        eigenvalues, Q_a, Q_b = self.kron.eigen()
+        self.Q_b = Q_b.contiguous()  # as a file gives it back: products of other strides round differently
+        self.Q_a = Q_b.new_zeros(()) if Q_a is None else Q_a.contiguous()
+        self.h = torch.zeros(eigenvalues.shape, dtype=eigenvalues.dtype, device=eigenvalues.device)
 
     def add(self, f: Factors) -> None:
         assert isinstance(f, (Linear, Embedding))
         f = f.to(working(f.dtype))
         h = f.rotate(self._Q_a(f.dtype), self.Q_b.to(f.dtype)).square()
         if isinstance(f, Embedding):
-            self.h = self.h + h.view_as(self.h)
+            self.h += h.view_as(self.h)
         else:
-            self.h = self.h + unflatten_weights(h, *self.h.shape, self.block.has_weight and self.block.has_bias)
+            self.h += unflatten_weights(h, *self.h.shape, self.block.has_weight and self.block.has_bias)
 
     def _Q_a(self, dtype: torch.dtype) -> Tensor | None:
         return None if self.Q_a.dim() == 0 else self.Q_a.to(dtype)

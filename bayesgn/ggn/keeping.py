@@ -117,15 +117,19 @@ def concatenate(pieces: list[Factors]) -> Factors:
         return pieces[0]
     if len({type(f) for f in pieces}) > 1:
         pieces = [Dense(f.jacobian()) for f in pieces]
-    first, k = pieces[0], max(f.k for f in pieces)
-    if isinstance(first, Linear):
-        t = max(f.t for f in pieces)
-        a = torch.cat([_pad(f.a, {2: t}) for f in pieces])
-        return Linear(a, torch.cat([_pad(f.δ, {2: t, 3: k}) for f in pieces]), first.weight, first.bias)
-    if isinstance(first, Embedding):
-        t = max(f.t for f in pieces)
-        ids = torch.cat([_pad(f.ids, {1: t}) for f in pieces])
-        return Embedding(ids, torch.cat([_pad(f.δ, {1: t, 2: k}) for f in pieces]), first.vocabulary)
+    k = max(f.k for f in pieces)
+    linear = [f for f in pieces if isinstance(f, Linear)]
+    if linear:
+        t = max(f.t for f in linear)
+        a, δ = torch.cat([_pad(f.a, {2: t}) for f in linear]), torch.cat([_pad(f.δ, {2: t, 3: k}) for f in linear])
+        return Linear(a, δ, linear[0].weight, linear[0].bias)
+    embeddings = [f for f in pieces if isinstance(f, Embedding)]
+    if embeddings:
+        t = max(f.t for f in embeddings)
+        ids, δ = (
+            torch.cat([_pad(f.ids, {1: t}) for f in embeddings]), torch.cat([_pad(f.δ, {1: t, 2: k}) for f in embeddings])
+        )  # fmt: skip
+        return Embedding(ids, δ, embeddings[0].vocabulary)
     return Dense(torch.cat([_pad(f.jacobian(), {1: k}) for f in pieces]))
 
 

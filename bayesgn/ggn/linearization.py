@@ -152,6 +152,7 @@ class Linearizer:
         self.net = unwrap(net)
         self.vector = vector
         self.blocks = find_blocks(self.net, vector)
+        self._first = next(iter(vector.tensors(self.net).values()))  # tells device and dtype
         self.use_backpack = use_backpack
         self.engine: backpack.Engine | None = None
         self.r = 1  # outputs of one datum, known once planned
@@ -185,11 +186,11 @@ class Linearizer:
 
         Larger pieces are slower, not only larger: beyond 32 MB an allocator hands out fresh pages that must be zeroed each time.
         """
-        p = next(iter(self.vector.tensors(self.net).values()))
+        p = self._first
         return max(1, min(CHUNK_BYTES // (p.element_size() * columns * self.widest), MOST_COLUMNS // columns))
 
     def _place(self, x: Any) -> Any:
-        p = next(iter(self.vector.tensors(self.net).values()))
+        p = self._first
         x = _data.to(x, p.device)
         with torch.inference_mode(False):  # tensors made under inference_mode cannot enter a graph; their copies can
             return _data.apply(x, lambda t: t.clone() if t.is_inference() else t)

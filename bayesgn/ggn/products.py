@@ -201,7 +201,8 @@ class Products:
             logger.info("products by factors: this linearization does not say where it comes from")
             return None
         try:
-            graph = GraphProducts(*source, S, self.dtype)
+            linearizer, x, rows = source
+            graph = GraphProducts(linearizer, x, rows, S, self.dtype)
             if not self._said:
                 V = torch.randn(len(self.diagonal), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
                 V = V.to(self.diagonal)

@@ -111,7 +111,7 @@ def compare(
         else:
             fitting = _predictions(posterior, temperature_data, 0, None, covariance=False)
             note = f"scored on {seen} data; the temperature was fitted on {sum(len(p.mean) for p in fitting)} others"
-        tempered = fit_temperature(likelihood, torch.cat([p.mean for p in fitting]), torch.cat([p.y for p in fitting]))
+        tempered = fit_temperature(likelihood, torch.cat([p.mean for p in fitting]), torch.cat([p.y for p in fitting if p.y is not None]))
     views = {"MAP": lambda p: likelihood.conditional(p.mean)}
     if tempered is not None:
         views["MAP + temperature"] = lambda p: tempered.conditional(p.mean)

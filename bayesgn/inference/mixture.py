@@ -11,10 +11,10 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 
 from bayesgn import metrics
 from bayesgn.likelihoods.predictives import PerRow
-from bayesgn.models.posterior import Posterior
+from bayesgn.models.network_posterior import NetworkPosterior
 
 
-def mixture(posteriors: Sequence[Posterior], weights: Sequence[float] | Tensor | None = None, by_evidence: bool = False) -> Mixture:
+def mixture(posteriors: Sequence[NetworkPosterior], weights: Sequence[float] | Tensor | None = None, by_evidence: bool = False) -> Mixture:
     """A mixture of Laplace approximations: the modes that training from several starts found, each with its Gaussian.
 
         p(y|x) = Σ_k π_k p_k(y|x),   p_k(y|x) = ∫ p(y|f) N(f; m_k(x), Σ_k(x)) df
@@ -48,7 +48,7 @@ def mixture(posteriors: Sequence[Posterior], weights: Sequence[float] | Tensor |
     if not posteriors:
         raise ValueError("posteriors is empty; a mixture needs at least one.")
     for i, p in enumerate(posteriors):
-        if not isinstance(p, Posterior):
+        if not isinstance(p, NetworkPosterior):
             raise TypeError(f"posteriors[{i}] is a {type(p).__name__}; expected posteriors, as bgn.laplace gives them.")
     kinds = sorted({type(p.likelihood).__name__ for p in posteriors})
     if len(kinds) > 1:
@@ -77,7 +77,7 @@ class Mixture:
         log_weights: log π [k], normalised.
     """
 
-    def __init__(self, posteriors: list[Posterior], log_weights: Tensor) -> None:
+    def __init__(self, posteriors: list[NetworkPosterior], log_weights: Tensor) -> None:
         self.posteriors, self.log_weights = posteriors, log_weights
 
     @property
@@ -118,7 +118,7 @@ def mix(predictives: list[Distribution], log_weights: Tensor) -> Distribution:
         return PerRow(Bernoulli(probs=p[..., 1].clamp(0, 1))) if isinstance(first, Independent) else Categorical(probs=p)
     if all(isinstance(y, MultivariateNormal) for y in predictives):
         mean = torch.stack([y.mean for y in predictives], -2)
-        L = torch.stack([y.scale_tril for y in predictives], -3)
+        L = torch.stack([y.scale_tril for y in predictives], -3)  # type: ignore[attr-defined]
         logits = log_weights.to(mean).expand(*first.batch_shape, -1)
         return MixtureSameFamily(Categorical(logits=logits), MultivariateNormal(mean, scale_tril=L))
     return MixtureOf(predictives, log_weights)

@@ -178,7 +178,7 @@ class _Run:
         square = (torch.cat(parts) - self.μ).square()
         blocks = self.linearizer.blocks
         precision = [p.detach().to(square) for p in self.model.prior.of(blocks)]
-        return 0.5 * sum((p * square[b.where]).sum() for p, b in zip(precision, blocks, strict=True))
+        return 0.5 * torch.stack([(p * square[b.where]).sum() for p, b in zip(precision, blocks, strict=True)]).sum()
 
     def epoch(self, opt: torch.optim.Optimizer, epoch: int) -> float:
         """One walk over the data; the mean loss."""

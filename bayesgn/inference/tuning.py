@@ -142,11 +142,9 @@ class _Search:
     def __init__(self, posterior: NetworkPosterior, data: list, temperature: bool, metric, samples: int, generator) -> None:
         self.posterior, self.data, self.temperature = posterior, data, temperature
         self.metric, self.samples, self.generator = metric, samples, generator
-        self.seed = None if generator is None else generator.get_state()
         self.tried: list[tuple[float, float, float]] = []
-        if samples and generator is None:
+        if generator is None:
             self.generator = torch.Generator().manual_seed(0)
-            self.seed = self.generator.get_state()
 
     def __call__(self, start: Tensor, shift: float) -> float:
         self.posterior.prior.precision = (start.log() + shift).exp()
@@ -178,9 +176,8 @@ class _Search:
         return fitted.temperature, score(likelihood, fitted.predict(f.mean, f.cov), y, self.metric)
 
     def _samples(self) -> tuple[float, float]:
-        self.generator.set_state(self.seed)
         likelihood = self.posterior.likelihood
-        # A clone for each batch: the same weights for all of them.
+        # A clone for each batch, each precision: the same standard normal draws for all of them.
         draws = [self.posterior.sample_outputs(x, self.samples, self.generator.clone_state()) for x, _ in self.data]
         f = torch.cat(draws, dim=1)
         y = self._targets(f[0])

@@ -100,8 +100,8 @@ class MonteCarloFisher(Curvature):
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         S = likelihood.ggn_root(f, y)
         device = S.device if generator is None else generator.device
-        signs = torch.randint(2, (*S.shape[:-2], S.shape[-1], self.samples), generator=generator, device=device)
-        g = S @ (2 * signs - 1).to(S)
+        signs = torch.randint(2, (*S.shape[:-2], S.shape[-1], self.samples), generator=generator, device=device, dtype=S.dtype)
+        g = S @ signs.mul_(2).sub_(1).to(S.device)
         return g.reshape(f.shape[0], -1, self.samples) / self.samples**0.5
 
     def columns(self, r: int) -> int:

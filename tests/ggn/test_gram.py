@@ -42,7 +42,7 @@ def test_every_module_equals_full(case):
         for factors in pieces:
             curvature.add(factors)
         two.append(curvature)
-    p, J = linearizer.vector.numel, dense.jacobian(net, x, rows=rows)
+    p = linearizer.vector.numel
     layers = [1.0 + torch.rand((), generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, _ in enumerate(linearizer.blocks)]
     each = [0.5 + torch.rand(b.numel, generator=torch.Generator().manual_seed(i)).double() for i, b in enumerate(linearizer.blocks)]
     for P in ([0.7 * ONE] * len(layers), layers, each):
@@ -53,7 +53,6 @@ def test_every_module_equals_full(case):
         close(ours.joint(lin), theirs.joint(lin))
         v = draw(2, p)
         close(ours.solve(v), theirs.solve(v))
-    assert J.shape[-1] == p
 
 
 def test_gradients_to_the_inputs():
@@ -101,8 +100,7 @@ def test_subsets_are_uniform():
     for seed in range(300):
         kept = Gram(subset=2, seed=seed).start(problem.blocks, problem.x).kept
         for n in (2, 3, 1):
-            kept.put([f for f in problem.factors(problem.x[:n])], kept.draw(n))
-        counts[kept.keys.argsort()[:0]] += 0
+            kept.put(problem.factors(problem.x[:n]), kept.draw(n))
         keys = torch.rand(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         assert torch.equal(kept.keys, keys[keys.argsort()[:2].sort().values])
         counts[keys.argsort()[:2]] += 1

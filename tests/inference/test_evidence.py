@@ -184,7 +184,7 @@ def test_frozen_and_deselected_hyperparameters_stay():
 
 def test_the_users_objects_and_net_are_untouched():
     net, x, y = regression()
-    prior, likelihood, before = models.WeightPrior(1.0), likelihoods.Gaussian(0.2), snapshot(net)
+    prior, likelihood, before = models.WeightPrior(1.0), likelihoods.Gaussian(torch.tensor(0.2)), snapshot(net)
     posterior = fit(net, x, y, ggn.Kron, prior, likelihood)
     bgn.maximize_evidence(posterior, progress=False)
     assert prior.precision.item() == 1.0 and likelihood.noise.item() == pytest.approx(0.2)
@@ -222,7 +222,7 @@ def test_steps_limit_trace_and_interrupt(monkeypatch):
     assert trace.precision[-1] == posterior.prior.precision.item() and "2 steps, log evidence" in repr(trace)
     bgn.plots.evidence_trace(trace.evidence)
     # an interrupt leaves the best so far, and float32 parameters float32
-    posterior = fit(net, x, y, ggn.Kron, likelihood=likelihoods.Gaussian(0.2))
+    posterior = fit(net, x, y, ggn.Kron, likelihood=likelihoods.Gaussian(torch.tensor(0.2)))
     update = evidence._Bar.update
     monkeypatch.setattr(evidence._Bar, "update", lambda self: (_ for _ in ()).throw(KeyboardInterrupt) if self.done == 2 else update(self))
     start = posterior.log_evidence().item()

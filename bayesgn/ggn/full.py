@@ -1,0 +1,98 @@
+"""Full: all of H [p p]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bayesgn.ggn.block_diagonal import BlockPrecision, DenseBlock
+from bayesgn.ggn.blocks import Block
+from bayesgn.ggn.factors import Factors
+from bayesgn.ggn.structure import Curvature, Precision, Spectrum, Structure
+
+
+class Full(Structure):
+    """All of H [p p]."""
+
+    def start(self, blocks: list[Block], like: Tensor) -> Curvature:
+        return FullCurvature(blocks, like)
+
+
+class FullCurvature(Curvature):
+    """H [p p] as one block over all weights."""
+
+    def __init__(self, blocks: list[Block], like: Tensor) -> None:
+        self.blocks = blocks
+        self.whole = DenseBlock(blocks[-1].where.stop, like)
+
+    def add(self, factors: list[Factors]) -> None:
+        self.whole.add(Concatenated(factors))
+
+    def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        return FullPrecision(self.whole.with_prior(joined_prior(prior, self.blocks), scale))
+
+    def spectrum(self) -> list[Spectrum]:
+        return [Spectrum(tuple(range(len(self.blocks))), self.whole.eigenvalues())]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.whole.tensors()
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        self.whole.load(tensors)
+
+
+class FullPrecision(Precision):
+    """One block over all weights."""
+
+    def __init__(self, whole: BlockPrecision) -> None:
+        self.whole = whole
+
+    def logdet(self) -> Tensor:
+        return self.whole.logdet
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self.whole.solve(v)
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.whole.sample(count, generator)
+
+    def diagonal(self) -> Tensor:
+        return self.whole.diagonal()
+
+    def covariance(self, factors: list[Factors]) -> Tensor:
+        return self.whole.covariance(Concatenated(factors))
+
+    def joint(self, factors: list[Factors], other: list[Factors] | None = None) -> Tensor:
+        f = Concatenated(factors)
+        return self.whole.joint(f, f if other is None else Concatenated(other))
+
+
+class Concatenated(Factors):
+    """The factors of all blocks side by side, as one explicit Jacobian."""
+
+    def __init__(self, factors: list[Factors]) -> None:
+        self.parts = factors
+        self.n, self.k, self.p = factors[0].n, factors[0].k, sum(f.p for f in factors)
+        self.dtype = factors[0].dtype
+
+    def jacobian(self) -> Tensor:
+        return torch.cat([f.jacobian() for f in self.parts], dim=-1)
+
+    def with_uses(self, others: list[Concatenated]) -> Concatenated:
+        return Concatenated([f.with_uses(list(uses)) for f, *uses in zip(self.parts, *(o.parts for o in others), strict=True)])
+
+    def with_uses(self, others: list[Concatenated]) -> Concatenated:
+        return Concatenated([f.with_uses(list(rest)) for f, *rest in zip(self.parts, *(o.parts for o in others), strict=True)])
+
+    def rows(self, part: slice) -> Concatenated:
+        return Concatenated([f.rows(part) for f in self.parts])
+
+    def to(self, dtype: torch.dtype) -> Concatenated:
+        return Concatenated([f.to(dtype) for f in self.parts])
+
+
+def joined_prior(prior: list[Tensor], blocks: list[Block]) -> Tensor:
+    """P as one scalar where all blocks share it, else as a vector [p]."""
+    if all(p is prior[0] for p in prior) and prior[0].dim() == 0:
+        return prior[0]
+    return torch.cat([p.expand(b.numel) for p, b in zip(prior, blocks, strict=True)])
