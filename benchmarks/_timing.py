@@ -33,20 +33,20 @@ def once(function: Callable[[], Any], device: str = "cpu") -> Seconds:
 def interleaved(
     functions: dict[str, Callable[[], Any]], repeats: int, budget: float = 60.0, device: str = "cpu"
 ) -> dict[str, Seconds]:
-    """Medians over rounds in which every function runs once, after a round of warm-up; at least one round is measured.
+    """Medians over rounds in which every function runs once, after a round of warm-up (which counts when it took the budget).
 
     What disturbs the machine disturbs all functions of a round alike, so *ratios* of the medians are steadier than seconds.
-    No new round starts when the rounds so far (warm-up included) took ``budget`` seconds.
+    No new round starts when those so far took ``budget`` seconds.
     """
     start = time.perf_counter()
-    for function in functions.values():
-        once(function, device)
+    first = {name: [once(function, device)] for name, function in functions.items()}
     runs: dict[str, list[Seconds]] = {name: [] for name in functions}
     for _ in range(max(1, repeats)):
-        for name, function in functions.items():
-            runs[name].append(once(function, device))
         if time.perf_counter() - start > budget:
             break
+        for name, function in functions.items():
+            runs[name].append(once(function, device))
+    runs = {name: found or first[name] for name, found in runs.items()}
     return {
         name: Seconds(statistics.median(r.cpu for r in found), statistics.median(r.wall for r in found))
         for name, found in runs.items()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks._timing import forget_peak, guarded, interleaved, machine, once, peak, ratio, resident
 
 BATCH, POINTS, CLASSES = 128, 360, 10
-PEERS = ("CurvlinopsGGN", "BackPackGGN", "AsdlGGN", "AsdfghjklGGN")  # the first is the peer's default backend
+PEERS = ("CurvlinopsGGN", "BackPackGGN", "AsdlGGN")  # the first is the peer's default backend
 MEMORY = 8.0  # GB a process may take
 
 
@@ -199,7 +199,9 @@ def predict(o: dict[str, Any]) -> dict[str, Any]:
             case.forward()
 
     first = once(predict_of(case, posterior, o), case.device)
-    found = interleaved({"it": predict_of(case, posterior, o), "unit": forwards}, o["repeats"], o["budget"], case.device)
+    found = interleaved(
+        {"it": predict_of(case, posterior, o), "unit": forwards}, o["repeats"], o["budget"], case.device
+    )
     answer = _answer(found, case, "unit", several)
     answer["first"] = ratio(first, found["unit"], case.device) * several
     return answer
@@ -349,7 +351,9 @@ class Run:
         o = {"repeats": 3 if quick else 9, "budget": 15 if quick else 60} | o
         start = time.perf_counter()
         answer = guarded("benchmarks.laplace", o, seconds, MEMORY)
-        label = " ".join(str(o[k]) for k in ("name", "net", "structure", "who", "size", "monte_carlo", "bias") if k in o)
+        label = " ".join(
+            str(o[k]) for k in ("name", "net", "structure", "who", "size", "monte_carlo", "bias") if k in o
+        )
         self.raw[label] = answer
         print(f"  {label}: {_short(answer)}  ({time.perf_counter() - start:.0f} s)", flush=True)
         return answer
@@ -399,7 +403,9 @@ class Run:
             ours = self.job("predict", who="ours", **o)
             variants: list[dict[str, Any]] = [{"who": PEERS[0]}, {"who": PEERS[1]}]
             variants += [v | {"size": 64} for v in variants]
-            peer = self.peers(variants, "ratio", 0, name="predict", budget=30, title=f"Kron prediction, {net.upper()}", **o)
+            peer = self.peers(
+                variants, "ratio", 0, name="predict", budget=30, title=f"Kron prediction, {net.upper()}", **o
+            )
             shown, met = _judge(ours, "ratio", target)
             if "first" in ours:
                 shown += f" (first call {ours['first']:.0f})"
@@ -410,8 +416,10 @@ class Run:
             return
         parts = []
         for net in ("mlp", "cnn"):
-            for who in PEERS[:3]:
-                answer = self.job("agree", net=net, who=who, bias=False, double=True, data=512, structure="Kron", size=64)
+            for who in PEERS:
+                answer = self.job(
+                    "agree", net=net, who=who, bias=False, double=True, data=512, structure="Kron", size=64
+                )
                 shown = f"{answer['difference']:.1e}" if "difference" in answer else answer["error"]
                 parts.append(f"{net.upper()} {who} {shown}")
         self.notes.append("Same Kron posterior (nets without biases, float64), largest relative difference of the covariances "
@@ -442,7 +450,7 @@ class Run:
             return f"{a['fit']:.0f} / {a['predict']:.0f}" if "fit" in a else a["error"]
 
         ours = self.job("memory", who="ours", **o)
-        peers = [f"{w} {shown(self.job('memory', who=w, **o))}" for w in PEERS[:3]] if self.options.peer else ["not run"]
+        peers = [f"{w} {shown(self.job('memory', who=w, **o))}" for w in PEERS] if self.options.peer else ["not run"]
         met = "fit" in ours and max(ours["fit"], ours["predict"]) < 250
         text = shown(ours) + (f" (plain epoch {ours['unit']:.0f})" if "unit" in ours else "")
         self.row("Peak memory, CNN, batch 128, fit / predict (MB)", "< 250", "; ".join(peers), text, met)
@@ -502,7 +510,9 @@ def table(run: Run, markdown: bool) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.laplace", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats and data: minutes less, rougher figures")
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="run laplace-torch beside ours")
+    parser.add_argument(
+        "--peer", action=argparse.BooleanOptionalAction, default=True, help="run laplace-torch beside ours"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as markdown")
     parser.add_argument("--device", default="cpu", help="cuda, where there is one (wall time instead of CPU time)")
     parser.add_argument("--only", nargs="+", metavar="FIGURE", help="fits predictions agreement tuning memories ranks")

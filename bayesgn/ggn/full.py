@@ -79,9 +79,6 @@ class Concatenated(Factors):
         return torch.cat([f.jacobian() for f in self.parts], dim=-1)
 
     def with_uses(self, others: list[Concatenated]) -> Concatenated:
-        return Concatenated([f.with_uses(list(uses)) for f, *uses in zip(self.parts, *(o.parts for o in others), strict=True)])
-
-    def with_uses(self, others: list[Concatenated]) -> Concatenated:
         return Concatenated([f.with_uses(list(rest)) for f, *rest in zip(self.parts, *(o.parts for o in others), strict=True)])
 
     def rows(self, part: slice) -> Concatenated:

@@ -52,10 +52,12 @@ def _unsqueeze(x: Any, axes: Any) -> Any:
 def jacobians_loop(net: nn.Module, names: list[str], call: Callable, x: Any, S: Tensor, create_graph: bool = False) -> dict[str, Tensor]:
     """The same by one small forward per datum and one backward per column: slow, and always right."""
     own = dict(net.named_parameters())
-    weights = [own[name] for name in names]
+    # New leaves on the same storage: with a graph kept, a later backward must not reach the net's own .grad.
+    replaced = {name: own[name].detach().requires_grad_() for name in names} if create_graph else None
+    weights = [own[name] for name in names] if replaced is None else list(replaced.values())
     rows: list[list[Tensor]] = []
     for start, one in _data.split(x, 1):
-        f = call(net, one).reshape(-1)
+        f = call(net, one, replaced).reshape(-1)
         columns = []
         for s in S[start].unbind(1):
             grads = torch.autograd.grad(

@@ -84,6 +84,11 @@ def _binds(net: nn.Module, *args: Any, **kwargs: Any) -> bool:
     return True
 
 
+def aliases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """New leaves on the same storage: gradients that reach them are not the net's."""
+    return {name: p.detach().requires_grad_() for name, p in weights.items()}
+
+
 @contextlib.contextmanager
 def at_rest(net: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """The net in eval mode with exactly the ``selected`` parameters requiring grad; as it came afterwards."""
@@ -204,8 +209,10 @@ class Linearizer:
             flat = output.reshape(n, -1)
         else:
             engine, inputs = None, []
+            # Differentiable factors keep a graph to the weights too; a later backward must not reach the net's own .grad.
+            weights = aliases(self.vector.tensors(self.net)) if differentiable else None
             with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, n, differentiable) as taps:
-                output = _per_datum(rows(call(self.net, x)), n)
+                output = _per_datum(rows(call(self.net, x, weights)), n)
                 flat = output.reshape(n, -1)
             if hooks.stale(taps):
                 raise _OverwrittenError

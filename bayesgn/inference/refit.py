@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from bayesgn import _data
-from bayesgn.inference.evidence import Trace, in_double, maximize, maximize_evidence, read, tunable, write
+from bayesgn.inference.ascent import maximize
+from bayesgn.inference.evidence import Trace, in_double, maximize_evidence, read, tunable, write
 from bayesgn.likelihoods.predictives import nodes_of
 from bayesgn.models.network import Stream
 from bayesgn.models.network_posterior import NetworkPosterior

@@ -59,13 +59,18 @@ def test_every_module(case):
     assert before[1:] == after[1:] and all(torch.equal(v, after[0][k]) for k, v in before[0].items())
 
 
-def test_explicit_jacobians_are_left_to_the_graph(caplog):
+def test_explicit_jacobians_that_do_not_fit_are_left_to_the_graph(caplog):
     with caplog.at_level(logging.INFO, logger="bayesgn.ggn"):
-        lstm, linear = (Walks(named(name)) for name in ("lstm", "mlp"))
-        lstm.S, linear.S = draw(len(lstm.S), lstm.r, 9), draw(len(linear.S), linear.r, 9)
-        kinds = [type(Products(s, s.linearizer.blocks, ZERO).kept[0]) for s in (lstm, linear)]
-    assert kinds == [GraphProducts, FactorProducts]
-    assert "double backward on a cached graph" in caplog.text and "by the factors" in caplog.text
+        for name, kind in (("lstm", GraphProducts), ("mlp", FactorProducts)):
+            stream = Walks(named(name))
+            products = Products(stream, stream.linearizer.blocks, ZERO, memory=0)
+            assert products.kept is None and all(isinstance(batch, kind) for batch in products.batches())
+            kept = Products(stream, stream.linearizer.blocks, ZERO).kept
+            assert kept is not None and all(isinstance(batch, FactorProducts) for batch in kept)
+            J = dense.jacobian(stream.net, stream.x)
+            V = draw(stream.p, 2)
+            torch.testing.assert_close(products(V), dense.ggn(J, stream.S @ stream.S.mT) @ V, rtol=1e-9, atol=1e-9)
+    assert "anew each time, by double backward" in caplog.text and "anew each time, by factors" in caplog.text
 
 
 @pytest.mark.parametrize("graph", [False, True])

@@ -13,7 +13,7 @@ import torch
 
 import bayesgn as bgn
 from bayesgn import ggn, likelihoods, models
-from bayesgn.inference import evidence
+from bayesgn.inference import ascent
 from bayesgn.inference.evidence import AutogradObjective, in_double, read, spectral_objective, tunable
 
 from .problems import assert_same, classification, fit, regression, snapshot
@@ -223,8 +223,8 @@ def test_steps_limit_trace_and_interrupt(monkeypatch):
     bgn.plots.evidence_trace(trace.evidence)
     # an interrupt leaves the best so far, and float32 parameters float32
     posterior = fit(net, x, y, ggn.Kron, likelihood=likelihoods.Gaussian(torch.tensor(0.2)))
-    update = evidence._Bar.update
-    monkeypatch.setattr(evidence._Bar, "update", lambda self: (_ for _ in ()).throw(KeyboardInterrupt) if self.done == 2 else update(self))
+    update = ascent.Bar.update
+    monkeypatch.setattr(ascent.Bar, "update", lambda self: (_ for _ in ()).throw(KeyboardInterrupt) if self.done == 2 else update(self))
     start = posterior.log_evidence().item()
     with pytest.raises(KeyboardInterrupt):
         bgn.maximize_evidence(posterior)
