@@ -53,7 +53,7 @@ def _is_pair_of_arrays(data: Any) -> bool:
         isinstance(data, (tuple, list))
         and len(data) == 2
         and isinstance(data[1], Tensor)
-        and (isinstance(data[0], (Tensor, Mapping)) or _is_tensors(data[0]))
+        and len(tensors(data[0])) > 0
     )
 
 
@@ -138,8 +138,9 @@ def split(x: Any, size: int) -> Iterator[tuple[int, Any]]:
 
 def to(x: Any, device: torch.device) -> Any:
     """An input on ``device`` (dtypes are kept)."""
-    if device.type != "meta" and any(t.is_meta for t in tensors(x)):
-        raise ValueError(f"an input is {describe(x)} on the meta device, which holds no numbers; pass real data (the net is on {device}).")
+    on_meta = next((t for t in tensors(x) if t.is_meta), None)
+    if on_meta is not None and device.type != "meta":
+        raise ValueError(f"an input is {describe(on_meta)} on the meta device, which holds no numbers; pass real data (the net is on {device}).")
     return apply(x, lambda t: t.to(device, non_blocking=True))
 
 

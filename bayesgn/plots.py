@@ -222,7 +222,7 @@ def decision_map(
 def reliability_diagram(
     predictions: Mapping[str, Distribution] | Distribution,
     target: Tensor,
-    bins: int = 10,
+    bins: int = 15,
     ignore_index: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:

@@ -12,8 +12,8 @@ from bayesgn._parameters import ParameterVector
 PRODUCTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # J = δ ⊗ a
 SCALES = (
     nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
-)  # J = δ ∘ z with z the normalised input  # fmt: skip
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.PReLU,
+)  # J = δ ∘ z with z the normalised input (PReLU: its negative part)  # fmt: skip
 TAPPED = (*PRODUCTS, *SCALES)
 
 

@@ -23,6 +23,15 @@ class EigenKron(Structure):
     Args:
         reduce, explicit_limit: as in :class:`Kron`.
 
+    Example:
+        >>> import torch
+        >>> from bayesgn import ggn, laplace, likelihoods, models
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; y = torch.sin(3 * x)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).eval()
+        >>> model = models.Network(net, structure=ggn.EigenKron)
+        >>> laplace(model, likelihoods.Gaussian(0.1), (x, y))(x).variance.shape
+        torch.Size([20, 1])
+
     Source: George et al. (2018), "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", eqs. 9-11.
     """
 

@@ -82,13 +82,17 @@ class GramCurvature(DualCurvature):
     def resumable(self) -> bool:
         return True
 
+    @property
+    def partial(self) -> bool:
+        return self.kept.size is not None and self.kept.seen > self.kept.size
+
     def fit(self, stream: Stream) -> None:
         for lin, S in stream:
             chosen = self.kept.draw(lin.n)
             if len(chosen):
                 self.kept.put(lin.factors(compressed(S)), chosen)
         self.forget()
-        if self.kept.size is not None and self.kept.seen > self.kept.size:
+        if self.partial:
             logger.info("Gram keeps %d of %d data: posterior and log-determinant are of those", self.kept.size, self.kept.seen)
 
     def add(self, factors: list[Factors]) -> None:

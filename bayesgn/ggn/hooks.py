@@ -147,6 +147,8 @@ def _scale(block: Block, module: nn.Module, x: Tensor, δ: Tensor, n: int) -> De
         if block.layout == "datum-second":
             z, δ = z.transpose(0, 1), δ.transpose(1, 2)
         z, δ = z.flatten(-dims), δ.flatten(-dims)
+    elif isinstance(module, nn.PReLU) and module.num_parameters == 1:
+        z, δ = z[..., None], δ[..., None]
     else:
         z, δ = z.movedim(1, -1), δ.movedim(2, -1)
     d = z.shape[-1]
@@ -165,6 +167,8 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
         return F.rms_norm(x, module.normalized_shape, None, module.eps)
     if isinstance(module, nn.GroupNorm):
         return F.group_norm(x, module.num_groups, None, None, module.eps)
+    if isinstance(module, nn.PReLU):
+        return x.clamp(max=0)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return F.batch_norm(x, module.running_mean, module.running_var, None, None, False, 0.0, module.eps)
     own = module.running_mean is None  # InstanceNorm  # type: ignore[union-attr]

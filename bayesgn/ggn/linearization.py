@@ -118,10 +118,14 @@ class Linearization:
         output: the likelihood's rows [n *positions c] (detached unless asked to be differentiable in x).
         n, r: data, and outputs of one datum (positions × c).
         blocks: the units of weights that :meth:`factors` answers for.
+        source: (linearizer, x, rows), where it comes from, for products that want a graph of their own.
     """
 
-    def __init__(self, output: Tensor, blocks: list[Block], pull: Callable[[Tensor], list[Factors]]) -> None:
+    def __init__(
+        self, output: Tensor, blocks: list[Block], pull: Callable[[Tensor], list[Factors]], source: tuple | None = None
+    ) -> None:
         self.output = output
+        self.source = source
         self.blocks = blocks
         self.n = output.shape[0]
         self.r = output[0].numel()
@@ -236,7 +240,7 @@ class Linearizer:
                     out.append(hooks.zero_factors(b, n, S.shape[-1], output))
             return out
 
-        return Linearization(output if differentiable else output.detach(), self.blocks, pull)
+        return Linearization(output if differentiable else output.detach(), self.blocks, pull, (self, x, rows))
 
     # -- backward --------------------------------------------------------------------------------------------------
 
@@ -320,7 +324,9 @@ class Linearizer:
             )
         self.widest = max([self.r, *(math.prod(tap.shape) // n for calls in taps.values() for tap in calls)])
         S = torch.randn(*flat.shape, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(flat)
-        reference = self._reference(flat, S)
+        with at_rest(self.net, selected):  # (a frozen parameter may have been selected by name)
+            reference = self._reference(flat, S)
+        self._warn_if_coupled(two, rows, output)
         overwritten = hooks.stale(taps)
         found = {} if overwritten else self._pull_taps(taps, flat, S, False)
         self.blocks = [
@@ -328,11 +334,11 @@ class Linearizer:
             for i, b in enumerate(self.blocks)
         ]
         self._check_broadcast(two, rows, output, S, reference)
+        self._check_explicit(two, rows, S, reference)
         if any(isinstance(b.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for b in self.blocks) and not flat.is_cuda:
             self._batched = False  # a batched convolution backward is slower than one column at a time on a CPU (1.8×)
         self._plan_backpack(two, output, S, reference)
         self._planned = n > 1
-        self._warn_if_coupled(two, rows, output)
         logger.info(
             "engine %s for %s; explicit Jacobians for %s",
             "BackPACK" if self.engine is not None else "hooks",
@@ -342,15 +348,15 @@ class Linearizer:
 
     def _warn_if_coupled(self, two: Any, rows: Callable, output: Tensor) -> None:
         """Say so where the answer to a datum is random, or depends on the other data of its batch: J is then not a datum's own."""
-        try:
-            again = self.evaluate(two, rows)
-            alone = torch.cat([self.evaluate(one, rows) for _, one in _data.split(two, 1)])
-        except (RuntimeError, ValueError, IndexError):
-            return  # a net that cannot take a batch of one
-        for other, why in ((again, "are random: two calls with the same x differ"), (alone, "for a datum depend on the other data of its batch")):
-            if not close(other, output):
+        again = self.evaluate(two, rows)
+        repeated = self.evaluate(_data.rows(two, [0, 0, 0]), rows)  # (three, so that no other dimension passes for data)
+        for other, first, why in (
+            (again, output, "are random: two calls with the same x differ"),
+            (repeated[:1], output[:1], "for a datum depend on the other data of its batch"),
+        ):
+            if not close(other, first):
                 warnings.warn(
-                    f"the answers of {type(self.net).__name__} {why} (by up to {(other - output).abs().max().item():.3g}, in eval mode), so "
+                    f"the answers of {type(self.net).__name__} {why} (by up to {(other - first).abs().max().item():.3g}, in eval mode), so "
                     "that its curvature and predictions are not those of one function. Look for functional dropout without "
                     "training=self.training, sampling in forward, or statistics over the batch.",
                     stacklevel=2,
@@ -377,6 +383,20 @@ class Linearizer:
             if not right[i]:
                 logger.info("%s: its answer is shared by all data; explicit Jacobian", self.blocks[i].name)
                 self.blocks[i] = replace(self.blocks[i], module=None, layout="datum-first")
+
+    def _check_explicit(self, two: Any, rows: Callable, S: Tensor, reference: list[Tensor]) -> None:
+        """Walk explicit Jacobians in a loop where the vectorised ones differ from plain autograd."""
+        if any(isinstance(m, nn.PReLU) for m in self.net.modules()):
+            # torch 2.14: nested vmap of PReLU's backward is wrong for some counts of data and columns, not for all.
+            logger.info("explicit Jacobians run datum by datum (slow): the net has a PReLU, which vmap differentiates wrongly")
+            self._vectorised = False
+        if not self._vectorised:
+            return
+        found = self._pull_explicit(two, rows, S.expand(-1, -1, 2), False)
+        wrong = [i for i, f in found.items() if not all(close(f.jacobian()[:, k], reference[i]) for k in range(2))]
+        if wrong:
+            logger.info("explicit Jacobians run datum by datum (slow): vmap's answer differs for %s", [self.blocks[i].name for i in wrong])
+            self._vectorised = False
 
     def _reference(self, flat: Tensor, S: Tensor) -> list[Tensor]:
         """For each block Jᵀ s of each datum [n p_block] by plain autograd, S [n r 1]."""

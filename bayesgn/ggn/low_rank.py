@@ -45,8 +45,17 @@ class LowRank(Structure):
     Raises:
         ValueError: for a rank below 1 or fewer than 2 walks.
 
+    Example:
+        >>> import torch
+        >>> from bayesgn import ggn, laplace, likelihoods, models
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; y = torch.sin(3 * x)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).eval()
+        >>> model = models.Network(net, structure=ggn.LowRank(rank=10))
+        >>> laplace(model, likelihoods.Gaussian(0.1), (x, y))(x).variance.shape
+        torch.Size([20, 1])
+
     Source: Golub and Underwood (1977) and Musco and Musco (2015) for randomised block Lanczos; Ubaru, Chen and Saad (2017) for
-    the quadrature; Ritter et al. and Sharma et al. (2021), "Sketching curvature", for its use in Laplace's method.
+    the quadrature; Sharma, Azizan and Pavone (2021), "Sketching curvature", for low-rank posteriors of networks.
     """
 
     def __init__(

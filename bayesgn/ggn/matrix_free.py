@@ -35,13 +35,22 @@ class MatrixFree(Structure):
     Args:
         tol: relative residual at which CG stops.
         iterations: at most this many products for a solve.
-        probes, steps: random vectors of the log-determinant, and Lanczos steps from each.
+        probes, steps: random vectors of the log-determinant, and Lanczos steps from each (p × probes × steps numbers held).
         memory: bytes of factors to keep between products; beyond it every product walks the data.
         seed: of the random vectors.
         graph: the engine of the products, see :class:`Products`.
 
     Raises:
         ValueError: for a tolerance that is not positive, or counts below 1.
+
+    Example:
+        >>> import torch
+        >>> from bayesgn import ggn, laplace, likelihoods, models
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; y = torch.sin(3 * x)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).eval()
+        >>> model = models.Network(net, structure=ggn.MatrixFree(tol=1e-8))
+        >>> laplace(model, likelihoods.Gaussian(0.1), (x, y))(x).variance.shape
+        torch.Size([20, 1])
 
     Source: Papandreou and Yuille (2010) and Antorán et al. (2023), "Sampling-based inference for large linear models", for
     draws; Ubaru, Chen and Saad (2017) for the quadrature; Hutchinson (1990) for traces.

@@ -56,6 +56,11 @@ class Curvature(ABC):
     blocks: list[Block]
 
     @property
+    def partial(self) -> bool:
+        """Whether H is of fewer data than were seen, so that it does not belong to their likelihood."""
+        return False
+
+    @property
     def resumable(self) -> bool:
         """Whether :meth:`fit` is one walk that adds batch by batch, so that it can go on in the middle."""
         return type(self).fit is Curvature.fit

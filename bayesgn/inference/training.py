@@ -75,6 +75,10 @@ def train_with_evidence(
     Every ``every`` epochs after ``burn_in``, Laplace is fitted at the present weights and ``steps`` steps of
     :func:`maximize_evidence` set P and the noise for the epochs that follow. The weights of the best evidence are kept.
 
+    The Laplace formula takes the weights for a mode. Early in training they are none, and the best evidence may then be met (and its
+    weights kept) before the loss has settled: choose ``burn_in`` so that training is mostly done, and start from a noise no larger
+    than you expect, or a small net may settle for a constant function.
+
     **This trains your net**: its weights end at those of the best evidence, and its mode as it came. ``model.prior`` and
     ``likelihood`` are not changed; the tuned ones are ``posterior.prior`` and ``posterior.likelihood``. Parameters of the likelihood that the
     evidence cannot tune over one H (noise of each output, degrees of freedom) are trained with the weights.
@@ -200,6 +204,7 @@ class _Run:
 
     def evaluate(self, history: History, epoch: int, generator: torch.Generator | None) -> bool:
         """Fit, tune, note; whether it is the best so far."""
+        self.net.eval()  # training sets it back
         posterior = self.model.condition(self.batches, self.likelihood, self.rule, generator=generator, progress=False)
         free = [p for p in posterior.hyperparameters() if p.requires_grad]
         if self.steps and free:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from gpytorch.distributions import MultitaskMultivariateNormal
-from linear_operator.operators import LinearOperator
+from linear_operator.operators import DenseLinearOperator, LinearOperator
 from torch import Tensor
 
 
@@ -34,6 +34,10 @@ class FunctionCovariance(LinearOperator):
 
     def _transpose_nonbatch(self) -> FunctionCovariance:
         return self
+
+    def _expand_batch(self, batch_shape: torch.Size) -> LinearOperator:
+        dense = self.to_dense()
+        return DenseLinearOperator(dense.expand(*batch_shape, *dense.shape[-2:]))
 
     def _matmul(self, rhs: Tensor) -> Tensor:
         return self.to_dense() @ rhs

@@ -75,12 +75,6 @@ class Network:
         self.linearizer = Linearizer(net, self.vector, use_backpack)
         self.prior = WeightPrior(1.0) if prior is None else prior
         self.prior.of(self.linearizer.blocks)  # fits these blocks, or says why not
-        if net.training:
-            warnings.warn(
-                f"{type(net).__name__} is in train mode; bayesgn evaluates it in eval mode (dropout off, BatchNorm by its "
-                "running statistics) and leaves the mode as it came. Call net.eval() to silence this.",
-                stacklevel=2,
-            )
 
     def condition(
         self,
@@ -97,6 +91,12 @@ class Network:
         """
         rule = _check_rule(rule)
         _check_likelihood(likelihood)
+        if self.net.training:
+            warnings.warn(
+                f"{type(self.net).__name__} is in train mode; bayesgn evaluates it in eval mode (dropout off, BatchNorm by its "
+                "running statistics) and leaves the mode as it came. Call net.eval() to silence this.",
+                stacklevel=3,
+            )
         like = next(iter(self.vector.tensors(self.net).values()))
         stream = Stream(self.linearizer, likelihood, rule, data, generator, progress)
         stream.begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class NetworkPosterior(Posterior):
         self._seen, self._sums = _versions(self.net), _sums(self.net)
         self._print = fingerprint(self.net)
         self._cached: tuple[Any, Precision] | None = None
+        self._told_partial = False
         self._made: tuple[Curvature, dict[str, Tensor], Tensor] | None = None
         self._check_likelihood(rule.curvature.scale(likelihood).double())
 
@@ -171,6 +173,14 @@ class NetworkPosterior(Posterior):
 
         Source: MacKay (1992); Immer et al. (2021), "Scalable marginal likelihood estimation", eq. 6.
         """
+        if self.curvature.partial and not self._told_partial:
+            self._told_partial = True
+            warnings.warn(
+                f"the evidence counts the likelihood of all {self.num_data} data but the determinant of the subset that {self.structure} "
+                "keeps: it is too large, and tuning by it trusts the data too much. Fit on the subset alone, or use "
+                "ggn.Gram(inducing=…) or ggn.LowRank.",
+                stacklevel=2,
+            )
         blocks = self.curvature.blocks
         prior = self.prior.of(blocks)
         quadratic = sum(

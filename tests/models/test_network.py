@@ -626,8 +626,8 @@ def test_rsample_is_joint_and_exact_beyond_800_rows():
 def test_covariance_is_worked_out_when_asked(monkeypatch):
     posterior = fit(of("gaussian-2"))
     x = inputs(6, seed=9)
-    calls = []
-    monkeypatch.setattr(posterior.linearizer, "_linearize", lambda *a: calls.append(1) or type(posterior.linearizer)._linearize(posterior.linearizer, *a))
+    calls, linearize = [], posterior.linearizer._linearize
+    monkeypatch.setattr(posterior.linearizer, "_linearize", lambda *a: calls.append(1) or linearize(*a))
     f = posterior(x)
     f.mean  # noqa: B018
     assert not calls
@@ -675,7 +675,7 @@ def test_the_net_comes_back_as_it_came(structure):
     posterior = fit(Problem(net, x, y, likelihoods.Gaussian(torch.tensor(0.3, dtype=D))), structure)
     f = posterior(x.clone().requires_grad_())
     (f.variance.sum() + f.mean.sum()).backward()
-    posterior(x).covariance_matrix, posterior.likelihood(posterior(x))  # noqa: B018
+    posterior(x).covariance_matrix, posterior.likelihood(posterior(x))
     posterior.sample_outputs(x, 2), posterior.sample_functions(2)(x), posterior.log_evidence().backward()
     posterior.condition((x, y), progress=False) if structure is not ggn.EigenKron else None
     assert_same(before, snapshot(net))
