@@ -11,6 +11,17 @@ from torch import Tensor, nn
 Selection = Mapping[str, "Tensor | None"]
 
 
+def unwrap(net: nn.Module) -> nn.Module:
+    """The net inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
+    while True:
+        if hasattr(net, "_orig_mod"):
+            net = net._orig_mod  # type: ignore[assignment]
+        elif isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            net = net.module
+        else:
+            return net
+
+
 @dataclass(frozen=True)
 class ParameterVector:
     """Where each selected parameter of a net lies in the flat weight vector θ [p].
@@ -30,6 +41,7 @@ class ParameterVector:
         Raises:
             ValueError: when nothing is left to be uncertain about, or a name or mask does not fit the net.
         """
+        net = unwrap(net)
         own = dict(net.named_parameters())
         if parameters is None:
             chosen: dict[str, Tensor | None] = {name: None for name, p in own.items() if p.requires_grad}

@@ -132,12 +132,12 @@ def main(arguments: list[str] | None = None) -> None:
                 answers = [posterior.likelihood(outputs(inputs)) for inputs in (x_test, digits.unknown)]
                 views[f"{title}, {view}"] = (answers[0], answers[1])
 
-    print(f"\n{'':39} {'accuracy':>9} {'NLL/nats':>9} {'ECE':>8} {'OOD-AUROC':>10}")
+    print(f"\n{'':39} {'accuracy':>9} {'NLL/nats':>9} {'ECE':>8} {'AUROC':>10}")
     for name, (known, unknown) in views.items():
         s = metrics.summary([(known, y_test)], ood=[unknown])
         print(f"{name:39} {s['accuracy']:9.2%} {s['nll']:9.4f} {s['ece']:8.2%} {s['auroc_ood']:10.4f}")
     print(
-        "(AUROC of 0 to 7 against the unknown 8 and 9, by the entropy; in the figure by the confidence)\n"
+        "(AUROC of 0 to 7 against the unknown 8 and 9 by the entropy; the legend in the figure has that by the confidence)\n"
         "\nNo row is best at everything. The evidence needs no validation data and serves a last layer well; over all weights it is too modest\n"
         "about known digits, and the net at sampled weights underfits. Ask held-out data about your own net: `bayesgn.compare`."
     )

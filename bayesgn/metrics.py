@@ -36,7 +36,12 @@ def _innermost(y: Distribution) -> Distribution:
 
 
 def is_classification(y: Distribution) -> bool:
-    """Whether y is a distribution over classes (Categorical, Bernoulli or a mixture of them)."""
+    """Whether y is a distribution over classes (Categorical, Bernoulli or a mixture of them).
+
+    Example:
+        >>> is_classification(Bernoulli(torch.tensor([0.2]))), is_classification(Normal(0.0, 1.0))
+        (True, False)
+    """
     inner = _innermost(y)
     if isinstance(inner, MixtureSameFamily):
         inner = _innermost(inner.component_distribution)
@@ -244,7 +249,12 @@ def ece(y: Distribution, target: Tensor, bins: int = 15, ignore_index: int | Non
 
 
 def confidence(y: Distribution) -> Tensor:
-    """max_k p_k of every entry [...]."""
+    """max_k p_k of every entry [...].
+
+    Example:
+        >>> confidence(Categorical(torch.tensor([[0.7, 0.3]])))
+        tensor([0.7000])
+    """
     return probabilities(y).max(-1).values
 
 
@@ -263,7 +273,8 @@ def auroc_ood(uncertainty_in: Tensor, uncertainty_out: Tensor) -> Tensor:
     """How well an uncertainty tells out-of-distribution inputs: P(out > in) + ½ P(out = in), 1 for perfect, ½ for none (torchmetrics).
 
     Args:
-        uncertainty_in: a score of each in-distribution input, such as `entropy(y)`, `1 - confidence(y)` or a variance; any scale.
+        uncertainty_in: a score of each in-distribution input, such as `entropy(y)`, `1 - confidence(y)` or a variance; any scale. Another score
+            is another AUROC: say by which.
         uncertainty_out: the same score of each out-of-distribution input.
 
     Example:
@@ -290,13 +301,23 @@ def auroc_ood(uncertainty_in: Tensor, uncertainty_out: Tensor) -> Tensor:
 
 
 def rmse(y: Distribution, target: Tensor) -> Tensor:
-    """√ mean (E[y|x] − y)², in the unit of y."""
+    """√ mean (E[y|x] − y)², in the unit of y.
+
+    Example:
+        >>> rmse(Normal(torch.zeros(2), torch.ones(2)), torch.tensor([3.0, 4.0]))
+        tensor(3.5355)
+    """
     _check(y, target)
     return (y.mean - target).square().mean().sqrt()
 
 
 def pit(y: Distribution, target: Tensor) -> Tensor:
-    """The probability integral transform F(y_n | x_n) of each scalar target: uniform on [0, 1] when the predictive is calibrated."""
+    """The probability integral transform F(y_n | x_n) of each scalar target: uniform on [0, 1] when the predictive is calibrated.
+
+    Example:
+        >>> pit(Normal(torch.zeros(2), torch.ones(2)), torch.tensor([0.0, 1.645]))
+        tensor([0.5000, 0.9500])
+    """
     _check(y, target)
     gaussians, inner = _gaussians(y), _innermost(y)
     try:

@@ -402,7 +402,7 @@ class Run:
             o = {"net": net, "structure": "Kron"}
             ours = self.job("predict", who="ours", **o)
             variants: list[dict[str, Any]] = [{"who": PEERS[0]}, {"who": PEERS[1]}]
-            variants += [v | {"size": 64} for v in variants]
+            variants += [v | {"size": 64 if net == "mlp" else 16} for v in variants]
             peer = self.peers(
                 variants, "ratio", 0, name="predict", budget=30, title=f"Kron prediction, {net.upper()}", **o
             )
@@ -418,7 +418,7 @@ class Run:
         for net in ("mlp", "cnn"):
             for who in PEERS:
                 answer = self.job(
-                    "agree", net=net, who=who, bias=False, double=True, data=512, structure="Kron", size=64
+                    "agree", net=net, who=who, bias=False, double=True, data=512, structure="Kron", size=16
                 )
                 shown = f"{answer['difference']:.1e}" if "difference" in answer else answer["error"]
                 parts.append(f"{net.upper()} {who} {shown}")

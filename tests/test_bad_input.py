@@ -332,9 +332,9 @@ def dropout_net():
 def test_train_mode_warns_and_answers_as_eval(structure):
     net = dropout_net().train()
     before = snapshot(net)
+    model = models.Network(net, structure=structure)
     with pytest.warns(UserWarning, match=r"Sequential is in train mode; bayesgn evaluates it in eval mode .dropout off.*net.eval\(\) to silence"):
-        model = models.Network(net, structure=structure)
-    found = bgn.laplace(model, GAUSSIAN, (X, Y), progress=False)
+        found = bgn.laplace(model, GAUSSIAN, (X, Y), progress=False)
     assert_same(before, snapshot(net))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

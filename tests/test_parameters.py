@@ -114,7 +114,7 @@ def test_split_and_unflatten_undo_flatten(data):
         ({"first.bias": [True, False, True]}, TypeError, r"mask for first.bias is a list; expected a bool tensor \(3,\)"),
         (list(Net().parameters()), TypeError, r"parameters holds Parameter objects; expected names, e.g. \['scale', 'frozen'\]"),
     ],
-    ids=str,
+    ids=["str", "unknown", "no name", "no mask", "mask of none", "float mask", "short mask", "list mask", "parameters"],
 )
 def test_what_cannot_be_a_selection_says_so(chosen, error, message):
     with pytest.raises(error, match=message):

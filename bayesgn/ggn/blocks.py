@@ -75,7 +75,7 @@ def find_blocks(net: nn.Module, vector: ParameterVector) -> list[Block]:
     for owner, names in groups.items():
         module = modules[owner]
         tied = any(uses[id(own[n])] > 1 for n in names)
-        tap = module if type(module) in TAPPED and not tied and _plain(module) else None
+        tap = module if isinstance(module, TAPPED) and not tied and _plain(module) else None
         where = slice(slices[names[0]].start, slices[names[-1]].stop)
         blocks.append(Block(owner, tuple(names), where, tap, _local_mask(names, vector)))
     return blocks

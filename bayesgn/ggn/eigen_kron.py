@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, explicit_block
+from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, explicit_block, tell_diagonal
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, unflatten_weights
-from bayesgn.ggn.kron import KronBlock, KronPrecision
+from bayesgn.ggn.kron import KronBlock, KronPrecision, check_scalar
 from bayesgn.ggn.structure import Curvature, Stream, Structure, accumulator, working
 
 
@@ -39,7 +39,13 @@ class EigenKron(Structure):
         self.reduce, self.explicit_limit = reduce, explicit_limit
 
     def start(self, blocks: list[Block], like: Tensor) -> Curvature:
+        tell_diagonal(self, blocks, self.explicit_limit)
         return EigenKronCurvature(blocks, [self._part(b, like) for b in blocks])
+
+    def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:
+        for b, p in zip(blocks, prior, strict=True):
+            if b.factored:
+                check_scalar(b, p)
 
     def _part(self, block: Block, like: Tensor) -> BlockCurvature:
         return EigenKronBlock(block, self.reduce, like) if block.factored else explicit_block(block, self.explicit_limit, like)

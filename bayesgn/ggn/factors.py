@@ -41,6 +41,10 @@ class Factors(ABC):
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype."""
 
+    def without_missing(self, missing: Tensor) -> Self:
+        """The same, knowing which data [n] have a missing target: it must not enter an average either."""
+        return self
+
     @abstractmethod
     def with_uses(self, others: list[Self]) -> Self:
         """The factors of a module that the net calls several times, from those of each call: J is their sum."""
@@ -139,12 +143,14 @@ class Linear(Factors):
         a: inputs [n g t i].
         δ: Jᵀ S at the layer's output [n g t k o].
         weight, bias: whether the block holds the weight and the bias.
+        counted: which rows a Kronecker factor averages over [n t]: all (``None``), or all but those of missing targets.
     """
 
     a: Tensor
     δ: Tensor
     weight: bool = True
     bias: bool = False
+    counted: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.n, self.g, self.t, self.k, self.o = self.δ.shape
@@ -178,8 +184,12 @@ class Linear(Factors):
         a, δ = torch.cat([self.a, *(f.a for f in others)], 2), torch.cat([self.δ, *(f.δ for f in others)], 2)
         return replace(self, a=a, δ=δ)
 
+    def without_missing(self, missing: Tensor) -> Linear:
+        return replace(self, counted=_counted(missing, (self.δ != 0).any(-1).any(-1).any(1)))
+
     def rows(self, part: slice) -> Linear:
-        return replace(self, a=self.a[part], δ=self.δ[part])
+        counted = None if self.counted is None else self.counted[part]
+        return replace(self, a=self.a[part], δ=self.δ[part], counted=counted)
 
     def to(self, dtype: torch.dtype) -> Linear:
         return replace(self, a=self.a.to(dtype), δ=self.δ.to(dtype))
@@ -199,9 +209,15 @@ class Linear(Factors):
         (Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network architectures").
         """
         a, δ = self.a, self.δ
+        weight = a.new_ones(self.n, self.t) if self.counted is None else self.counted.to(a)
+        if self.counted is not None:
+            a = a * weight[:, None, :, None]
         if reduce and self.t > 1:
-            a, δ = a.mean(2, keepdim=True), δ.sum(2, keepdim=True)
-        return _second_moment(a), _second_moment(δ.permute(3, 0, 1, 2, 4).flatten(0, 1)), float(a.shape[0] * a.shape[2])
+            positions = weight.sum(1)
+            a, δ = a.sum(2, keepdim=True) / positions.clamp_min(1)[:, None, None, None], δ.sum(2, keepdim=True)
+            weight = positions.clamp_max(1)
+        A, B = _second_moment(a), _second_moment(δ.permute(3, 0, 1, 2, 4).flatten(0, 1))
+        return A, B, float(weight.sum())
 
     def square(self) -> Tensor:
         if self.t > 1:
@@ -245,8 +261,10 @@ class Linear(Factors):
 
     def gram(self, other: Factors, variance: Tensor) -> Tensor:
         assert isinstance(other, Linear)
-        if variance.dim() > 0 or self.t > 1 or other.t > 1:
+        if self.t > 1 or other.t > 1:
             return super().gram(other, variance)
+        if variance.dim() > 0:
+            return self._gram_weighted(other, self.unflatten(variance))
         # (A Aᵀ) ∘ (Δ Δᵀ), summed over groups.
         out = 0.0
         for g in range(self.g):
@@ -255,6 +273,17 @@ class Linear(Factors):
             DD = (δ @ δ_.mT).view(self.n, self.k, other.n, other.k)
             out = out + DD * AA[:, None, :, None]
         return (out * variance).reshape(self.n * self.k, other.n * other.k)  # type: ignore[union-attr]
+
+    def _gram_weighted(self, other: Linear, V: Tensor) -> Tensor:
+        """t = 1: Σ_o δ_o δ'_o w_o with w_o = Σ_i a_i V_oi a'_i for each pair of data; a slice of data at a time, no J."""
+        size, out = max(1, SLICE_ENTRIES // (other.n * self.k * self.g * self.o)), []
+        δ_ = other.δ[:, :, 0].transpose(1, 2).flatten(2).mT  # [m (g o) l]
+        for start in range(0, self.n, size):
+            a, δ = self.a[start : start + size, :, 0], self.δ[start : start + size, :, 0].transpose(1, 2).flatten(2)
+            w = torch.stack([(a[:, g, None] * V[g]) @ other.a[:, g, 0].mT for g in range(self.g)], dim=1)  # [n g o m]
+            pairs = (δ[:, None] * w.flatten(1, 2).mT[:, :, None]) @ δ_  # [n m k l]
+            out.append(pairs.transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(out)
 
     def matvec(self, v: Tensor) -> Tensor:
         # V a for all data and columns in one product, then δᵀ(V a): J is not formed.
@@ -267,6 +296,11 @@ class Linear(Factors):
         δu = δu.transpose(0, 1).reshape(self.g, self.n * self.t, -1)
         V = δu.mT @ self.a.transpose(0, 1).flatten(1, 2)  # [g (s o) i]
         return self.flatten(V.unflatten(1, (u.shape[2], self.o)).transpose(0, 1)).mT
+
+
+def _counted(missing: Tensor, touched: Tensor) -> Tensor:
+    """Rows [n t] that count: all of a datum without missing targets [n], elsewhere those that some present target depends on."""
+    return touched | ~missing[:, None]
 
 
 def _second_moment(x: Tensor) -> Tensor:
@@ -290,6 +324,7 @@ class Embedding(Factors):
     ids: Tensor  # [n t]
     δ: Tensor  # [n t k o]
     vocabulary: int
+    counted: Tensor | None = None  # as in Linear
 
     def __post_init__(self) -> None:
         self.n, self.t, self.k, self.o = self.δ.shape
@@ -301,12 +336,16 @@ class Embedding(Factors):
         J = J.scatter_add(1, self.ids[:, :, None, None].expand_as(self.δ), self.δ)
         return J.transpose(1, 2).flatten(2)
 
+    def without_missing(self, missing: Tensor) -> Embedding:
+        return replace(self, counted=_counted(missing, (self.δ != 0).any(-1).any(-1)))
+
     def with_uses(self, others: list[Embedding]) -> Embedding:
         ids, δ = torch.cat([self.ids, *(f.ids for f in others)], 1), torch.cat([self.δ, *(f.δ for f in others)], 1)
         return replace(self, ids=ids, δ=δ)
 
     def rows(self, part: slice) -> Embedding:
-        return replace(self, ids=self.ids[part], δ=self.δ[part])
+        counted = None if self.counted is None else self.counted[part]
+        return replace(self, ids=self.ids[part], δ=self.δ[part], counted=counted)
 
     def to(self, dtype: torch.dtype) -> Embedding:
         return replace(self, δ=self.δ.to(dtype))
@@ -319,9 +358,10 @@ class Embedding(Factors):
 
     def kron(self, reduce: bool) -> tuple[Tensor, Tensor, float]:
         """Counts of each index [vocabulary] (A is diagonal), Σ δδᵀ [o o], and the count of rows."""
-        counts = torch.bincount(self.ids.reshape(-1), minlength=self.vocabulary).to(self.δ)
+        rows = self.ids.new_ones(self.ids.shape, dtype=torch.bool) if self.counted is None else self.counted
+        counts = torch.bincount(self.ids[rows], minlength=self.vocabulary).to(self.δ)
         δ = self.δ.flatten(0, 2)
-        return counts, δ.mT @ δ, float(self.ids.numel())
+        return counts, δ.mT @ δ, float(rows.sum())
 
     def _merged(self) -> tuple[Tensor, Tensor, Tensor]:
         """Repeated indices of one datum summed: datum [u], id [u], δ [u k o]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, explicit_block
+from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, explicit_block, tell_diagonal
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, flatten_weights, unflatten_weights
 from bayesgn.ggn.structure import Curvature, Structure, accumulator, randn, working
@@ -43,12 +43,7 @@ class KronBlock(BlockCurvature):
         return self._eigen
 
     def with_prior(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
-        if prior.dim() > 0:
-            raise ValueError(
-                f"the prior gives every weight of block {self.block.name!r} its own precision; a Kronecker block needs one "
-                "precision for the block. Use WeightPrior(scalar) or WeightPrior.per_layer(net), or structure=ggn.Diag, "
-                "ggn.Full, ggn.LowRank or ggn.Gram."
-            )
+        check_scalar(self.block, prior)
         eigenvalues, Q_a, Q_b = self.eigen()
         return KronPrecision(scale * eigenvalues + prior, Q_a, Q_b, self.block)
 
@@ -61,6 +56,16 @@ class KronBlock(BlockCurvature):
     def load(self, tensors: dict[str, Tensor]) -> None:
         super().load(tensors)
         self._eigen = None
+
+
+def check_scalar(block: Block, prior: Tensor) -> None:
+    """A Kronecker product plus a diagonal is diagonal in the eigenbasis only where the diagonal is a multiple of the identity."""
+    if prior.dim() > 0:
+        raise ValueError(
+            f"the prior gives every weight of block {block.name!r} its own precision; a Kronecker block needs one "
+            "precision for the block. Use WeightPrior(scalar) or WeightPrior.per_layer(net), or structure=ggn.Diag, "
+            "ggn.Full, ggn.LowRank or ggn.Gram."
+        )
 
 
 class KronPrecision(BlockPrecision):
@@ -125,7 +130,7 @@ class Kron(Structure):
         reduce: for weights shared over positions (sequences, pixels), average inputs and sum gradients over them first
             (KFAC-reduce); the default counts each position as a datum (KFAC-expand).
         explicit_limit: weights that are not in a Kronecker module (norms, recurrent cells, …) keep an exact block up to this
-            size, and a diagonal beyond it (said in the log).
+            size, and a diagonal beyond it (a warning names them).
 
     Source: Martens and Grosse (2015); Eschenhagen et al. (2023), eqs. for expand and reduce.
     """
@@ -134,7 +139,13 @@ class Kron(Structure):
         self.reduce, self.explicit_limit = reduce, explicit_limit
 
     def start(self, blocks: list[Block], like: Tensor) -> Curvature:
+        tell_diagonal(self, blocks, self.explicit_limit)
         return BlockDiagonal(blocks, [self.part(b, like) for b in blocks])
+
+    def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:
+        for b, p in zip(blocks, prior, strict=True):
+            if b.factored:
+                check_scalar(b, p)
 
     def part(self, block: Block, like: Tensor) -> BlockCurvature:
         """The storage of one block."""

@@ -13,6 +13,7 @@ import inspect
 import logging
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bayesgn import _data
-from bayesgn._parameters import ParameterVector
+from bayesgn._parameters import ParameterVector, unwrap
 from bayesgn.ggn import backpack, functional, hooks
 from bayesgn.ggn.blocks import Block, find_blocks
 from bayesgn.ggn.factors import Dense, Factors, Masked
@@ -31,17 +32,6 @@ logger = logging.getLogger("bayesgn.ggn")
 
 CHUNK_BYTES = 2**24
 MOST_COLUMNS = 5120  # data × columns
-
-
-def unwrap(net: nn.Module) -> nn.Module:
-    """The net inside ``torch.compile`` and (Distributed)DataParallel wrappers."""
-    while True:
-        if hasattr(net, "_orig_mod"):
-            net = net._orig_mod  # type: ignore[assignment]
-        elif isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            net = net.module
-        else:
-            return net
 
 
 def call(net: nn.Module, x: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -94,6 +84,8 @@ def at_rest(net: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[No
     """The net in eval mode with exactly the ``selected`` parameters requiring grad; as it came afterwards."""
     modes = [(m, m.training) for m in net.modules()]
     flags = [(p, p.requires_grad) for p in net.parameters()]
+    buffers = [(m._buffers, dict(m._buffers)) for m in net.modules() if m._buffers]
+    values = [(b, b._version, b.clone()) for _, own in buffers for b in own.values() if b is not None and _may_move(net, b)]
     chosen = {id(p) for p in selected.values()}
     try:
         for m, _ in modes:
@@ -109,6 +101,23 @@ def at_rest(net: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[No
         for p, flag in flags:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
+        for now, before in buffers:
+            now.update(before)
+        moved = set()
+        for b, version, value in values:
+            if b._version != version:
+                moved.add(id(b))
+                with torch.no_grad():
+                    b.copy_(value)
+        _MOVING[net] = moved | _MOVING.get(net, set())
+
+
+# Which buffers a net's forward writes to (a counter, say), known after its first run: those are put back, the others not copied.
+_MOVING: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
+
+
+def _may_move(net: nn.Module, buffer: Tensor) -> bool:
+    return net not in _MOVING or id(buffer) in _MOVING[net]
 
 
 class Linearization:
@@ -196,7 +205,10 @@ class Linearizer:
         Larger pieces are slower, not only larger: beyond 32 MB an allocator hands out fresh pages that must be zeroed each time.
         """
         p = self._first
-        return max(1, min(CHUNK_BYTES // (p.element_size() * columns * self.widest), MOST_COLUMNS // columns))
+        entry = p.element_size() * columns
+        explicit = sum(b.numel for b in self.blocks if b.module is None)  # whose Jacobian is formed: 4 times the room
+        room = min(CHUNK_BYTES // (entry * self.widest), 4 * CHUNK_BYTES // (entry * max(explicit, 1)))
+        return max(1, min(room, MOST_COLUMNS // columns))
 
     def _place(self, x: Any) -> Any:
         p = self._first
@@ -238,7 +250,8 @@ class Linearizer:
                     out.append(hooks.factors(b, *found[i], n))
                 else:
                     out.append(hooks.zero_factors(b, n, S.shape[-1], output))
-            return out
+            missing = (S == 0).all(-1).any(-1)  # [n]: a target that is missing has S = 0
+            return [f.without_missing(missing) for f in out] if bool(missing.any()) else out
 
         return Linearization(output if differentiable else output.detach(), self.blocks, pull, (self, x, rows))
 
@@ -309,8 +322,9 @@ class Linearizer:
         """
         if self._planned:
             return
-        two = _data.rows(x, slice(0, min(2, _data.len_of(x))))
-        n = _data.len_of(two)
+        # A lone datum is shown twice: layouts can be told apart only where there are two.
+        two = _data.rows(x, [0, 1] if _data.len_of(x) > 1 else [0, 0])
+        n = 2
         selected = self.vector.tensors(self.net)
         with at_rest(self.net, selected), hooks.tapping(self.blocks, n) as taps:
             output = _per_datum(rows(call(self.net, two)), n)
@@ -338,7 +352,7 @@ class Linearizer:
         if any(isinstance(b.module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) for b in self.blocks) and not flat.is_cuda:
             self._batched = False  # a batched convolution backward is slower than one column at a time on a CPU (1.8×)
         self._plan_backpack(two, output, S, reference)
-        self._planned = n > 1
+        self._planned = True
         logger.info(
             "engine %s for %s; explicit Jacobians for %s",
             "BackPACK" if self.engine is not None else "hooks",
@@ -425,8 +439,8 @@ class Linearizer:
             right = close(raw.reshape(output.shape), output) and all(
                 close(hooks.factors(b, *found[i], len(raw)).jacobian()[:, 0], reference[i]) for i, b in enumerate(self.blocks)
             )
-        except (RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
-            logger.info("BackPACK does not serve this net: %s", str(error).splitlines()[0])
+        except Exception as error:  # whatever it is, hooks serve the net as well
+            logger.info("BackPACK does not serve this net (%s: %s)", type(error).__name__, error)
             return
         if right:
             self.engine = engine
@@ -448,6 +462,9 @@ def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) 
     """The block with the first layout whose factors equal the reference, or made explicit."""
     if not calls:
         return block if not reference.any() else replace(block, module=None)
+    if not reference.any() and any(tap.input.dim() != 2 or tap.shape[0] != n for tap in calls):
+        logger.info("%s: the first two data do not reach it, so its layout is not known; explicit Jacobian", block.name or "the net")
+        return replace(block, module=None)
     for layout in ("datum-first", "datum-second"):
         trial = replace(block, layout=layout)
         try:

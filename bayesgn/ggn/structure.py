@@ -23,6 +23,9 @@ class Structure(ABC):
     def start(self, blocks: list[Block], like: Tensor) -> Curvature:
         """An empty H for these blocks, on ``like``'s device."""
 
+    def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:  # noqa: B027 (most structures take any prior)
+        """Raise ValueError where this structure cannot be joined with such a prior (a scalar or [p_block] for each block)."""
+
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v}" for k, v in sorted(vars(self).items()))
         return f"{type(self).__name__}({options})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -18,8 +17,6 @@ from bayesgn.ggn.structure import accumulator
 from bayesgn.inference.ascent import maximize
 from bayesgn.models.network_posterior import NetworkPosterior
 
-logger = logging.getLogger("bayesgn.inference")
-
 
 @dataclass
 class Trace:
@@ -32,6 +29,10 @@ class Trace:
         reason: why it stopped.
         converged: whether it stopped because nothing more was to be gained.
         at_bounds: which hyper-parameters ended at a bound.
+
+    Example:
+        >>> Trace(evidence=[-30.0, -12.5], reason="settled", converged=True)
+        Trace(1 steps, log evidence -30 → -12.5, settled)
     """
 
     evidence: list[float] = field(default_factory=list)
@@ -88,7 +89,7 @@ def maximize_evidence(
         bounds: of every prior precision; a warning says when one is hit.
         noise_bounds: of the noise.
         data: the training data again, to tune also what H does not scale with (noise of each output, degrees of freedom …): H is
-            refitted in between. Without, such parameters stay as they are (said in the log).
+            refitted in between. Without, such parameters stay as they are, and a warning says so.
         progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
 
     Returns:
@@ -109,14 +110,23 @@ def maximize_evidence(
     Source: MacKay (1992), "A practical Bayesian framework for backpropagation networks"; Immer et al. (2021), "Scalable
     marginal likelihood estimation for model selection in deep learning".
     """
-    low, high = _bounds(bounds, "bounds"), _bounds(noise_bounds, "noise_bounds")
+    _bounds(bounds, "bounds"), _bounds(noise_bounds, "noise_bounds")
     if steps < 0:
         raise ValueError(f"steps={steps}; expected how many steps to take at most, e.g. 100.")
-    _tell_untuned(posterior, noise and data is None)
     if data is not None:
         from bayesgn.inference.refit import alternate
 
         return alternate(posterior, steps, prior, noise, tol, bounds, noise_bounds, data, progress)
+    if noise:
+        _warn_untuned(posterior)
+    return over_one_curvature(posterior, steps, prior, noise, tol, bounds, noise_bounds, progress)
+
+
+def over_one_curvature(
+    posterior: NetworkPosterior, steps: int, prior: bool, noise: bool, tol: float, bounds, noise_bounds, progress: bool | None
+) -> Trace:
+    """``maximize_evidence`` without ``data``: what H does not scale with stays as it is, without a word."""
+    low, high = _bounds(bounds, "bounds"), _bounds(noise_bounds, "noise_bounds")
     parameters = tunable(posterior, prior, noise)
     if not parameters:
         raise ValueError(
@@ -145,7 +155,7 @@ def maximize_evidence(
             f"maximize_evidence: {shown} ended at a bound (precision {bounds}, noise {noise_bounds}): the evidence has no optimum "
             "inside. Weights that never left the prior mean, or residuals of zero, do this; share a precision among more weights "
             "(WeightPrior(scalar) or per_layer), or pass other bounds.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return trace
 
@@ -341,11 +351,14 @@ def _names(posterior: NetworkPosterior, parameters: list[torch.nn.Parameter]) ->
     return names
 
 
-def _tell_untuned(posterior: NetworkPosterior, say: bool) -> None:
+def _warn_untuned(posterior: NetworkPosterior) -> None:
+    """Say so where noise was to be tuned (the default) and cannot be over one H: an untuned noise looks like a tuned one."""
     known = {id(p) for p in posterior.hyperparameters()}
     left = [name for name, p in posterior.likelihood.named_parameters() if p.requires_grad and id(p) not in known]
-    if say and left:
-        logger.info(
-            "%s: %s stay as they are, H does not scale with them; maximize_evidence(posterior, data=train_loader) refits H to tune them",
-            type(posterior.likelihood).__name__, ", ".join(left),
-        )  # fmt: skip
+    if left:
+        names = ", ".join(name.removeprefix("raw_").removeprefix("log_") for name in left)
+        warnings.warn(
+            f"maximize_evidence leaves {names} of {posterior.likelihood} as given: H by {posterior.rule.curvature} is no multiple of one matrix "
+            "as it changes. Pass data=train_loader to refit H and tune it too, or noise=False if this is meant.",
+            stacklevel=3,
+        )

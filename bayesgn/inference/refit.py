@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bayesgn import _data
 from bayesgn.inference.ascent import maximize
-from bayesgn.inference.evidence import Trace, in_double, maximize_evidence, read, tunable, write
+from bayesgn.inference.evidence import Trace, in_double, over_one_curvature, read, tunable, write
 from bayesgn.likelihoods.predictives import nodes_of
 from bayesgn.models.network import Stream
 from bayesgn.models.network_posterior import NetworkPosterior
@@ -39,14 +39,14 @@ def alternate(
     others = [p for p in posterior.likelihood.parameters() if p.requires_grad and all(p is not q for q in posterior.hyperparameters())]
     inside = bool(tunable(posterior, prior, noise))
     if not noise or not others:
-        return maximize_evidence(posterior, steps, prior, noise, tol, bounds, noise_bounds, None, progress)
+        return over_one_curvature(posterior, steps, prior, noise, tol, bounds, noise_bounds, progress)
     refit(posterior, walk)  # also checks that these are the data
     trace = Trace()
     trace.note(posterior)
     trace.reason = f"all {ROUNDS} rounds were taken"
     for _ in range(ROUNDS):
         if inside:
-            inner = maximize_evidence(posterior, steps, prior, noise, tol, bounds, noise_bounds, None, progress)
+            inner = over_one_curvature(posterior, steps, prior, noise, tol, bounds, noise_bounds, progress)
             trace.at_bounds = inner.at_bounds
             for field in ("evidence", "precision", "noise"):
                 getattr(trace, field).extend(getattr(inner, field)[1:])

@@ -23,6 +23,11 @@ class Tempered:
 
     Attributes:
         likelihood, temperature: what it is made of.
+
+    Example:
+        >>> from bayesgn.likelihoods import Categorical
+        >>> Tempered(Categorical(), 2.0).conditional(torch.tensor([[2.0, 0.0]])).probs  # softmax(1, 0)
+        tensor([[0.7311, 0.2689]])
     """
 
     def __init__(self, likelihood, temperature: float) -> None:

@@ -176,7 +176,9 @@ class Gaussian(Likelihood):
         return -0.5 * (log_det.sum() + torch.cholesky_solve(scatter, L).diagonal().sum())
 
     def ggn_scale(self):
-        return (-self.raw_noise).exp() if self.raw_noise.ndim == 0 else torch.ones_like(self.raw_noise.detach().flatten()[0])
+        if self.raw_noise.ndim < 2 and self.raw_noise.numel() == 1:
+            return (-self.raw_noise).exp().reshape(())
+        return torch.ones_like(self.raw_noise.detach().flatten()[0])
 
     def predict(self, mean, cov):
         # f ~ N(mean, cov) and y | f ~ N(f, R) give y ~ N(mean, cov + R), exactly.

@@ -32,6 +32,17 @@ class Checkpoint:
 
     Raises:
         ValueError: (from the fit) when the file belongs to another net, model or likelihood, or the data come in another order.
+
+    Example:
+        >>> import tempfile
+        >>> from bayesgn import laplace, likelihoods, models
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; batches = [(x[:10], x[:10]), (x[10:], x[10:])]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     checkpoint = models.Checkpoint(Path(folder) / "fit.safetensors", batches=1)
+        ...     model = models.Network(torch.nn.Linear(1, 1).eval())
+        ...     posterior = laplace(model, likelihoods.Gaussian(0.1), batches, checkpoint=checkpoint)
+        >>> checkpoint.done, posterior.num_data
+        (2, 20)
     """
 
     def __init__(self, path: str | Path, seconds: float = 30.0, batches: int | None = None) -> None:

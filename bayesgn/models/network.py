@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayesgn import _data
-from bayesgn._parameters import ParameterVector, Selection
+from bayesgn._parameters import ParameterVector, Selection, unwrap
 from bayesgn.ggn import Kron, Linearization, Linearizer, Structure
 from bayesgn.likelihoods.base import Likelihood
 from bayesgn.models.checkpoint import Checkpoint
@@ -70,11 +70,12 @@ class Network:
         self.structure = structure() if isinstance(structure, type) else structure
         if not isinstance(self.structure, Structure):
             raise TypeError(f"structure={structure!r}; expected a structure such as ggn.Kron or ggn.LowRank(rank=100).")
-        self.net = net
+        self.net = net = unwrap(net)
         self.vector = ParameterVector.of(net, parameters)
         self.linearizer = Linearizer(net, self.vector, use_backpack)
         self.prior = WeightPrior(1.0) if prior is None else prior
-        self.prior.of(self.linearizer.blocks)  # fits these blocks, or says why not
+        # The prior fits these blocks and this structure, or says why not.
+        self.structure.check_prior(self.linearizer.blocks, self.prior.of(self.linearizer.blocks))
 
     def condition(
         self,

@@ -33,6 +33,22 @@ class NetworkPosterior(Posterior):
         likelihood, prior: own copies, with the hyper-parameters as ``nn.Parameter`` s.
         mean: θ* of the selected weights [p].
         num_data: data seen.
+
+    Example:
+        >>> from bayesgn import ggn, laplace, likelihoods, models
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; y = torch.sin(3 * x)
+        >>> net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1)).eval()
+        >>> posterior = laplace(models.Network(net, structure=ggn.Full), likelihoods.Gaussian(0.1), (x, y))
+        >>> posterior
+        NetworkPosterior(Sequential, 25 weights, Full(), 20 data, WeightPrior(precision=1), Gaussian(noise=0.1))
+        >>> f = posterior(x[:3])
+        >>> f.mean.shape, f.variance.shape, f.covariance_matrix.shape
+        (torch.Size([3, 1]), torch.Size([3, 1]), torch.Size([3, 3]))
+        >>> posterior.sample_outputs(x[:3], 5).shape, posterior.sample_functions(5)(x[:3]).shape, posterior.sample_weights(5).shape
+        (torch.Size([5, 3, 1]), torch.Size([5, 3, 1]), torch.Size([5, 25]))
+        >>> before = posterior.log_evidence(); posterior.prior.precision = 3.0
+        >>> bool(posterior.log_evidence() != before)
+        True
     """
 
     def __init__(

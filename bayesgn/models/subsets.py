@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bayesgn._parameters import ParameterVector
+from bayesgn._parameters import ParameterVector, unwrap
 
 Subset = dict[str, "Tensor | None"]
 
 
 def last_layer(net: nn.Module) -> Subset:
-    """The parameters of the last module that owns any, in the order they are registered.
+    """The parameters of the last module that owns any, in the order they are *registered* (in ``__init__``), not called.
+
+    The two differ where a head is defined before the body, or a norm layer closes the net: look at what came back, and name the
+    layer by :func:`named` where it is another.
 
     Example:
         >>> from torch import nn
@@ -21,7 +24,7 @@ def last_layer(net: nn.Module) -> Subset:
         ['2.weight', '2.bias']
     """
     owners: dict[str, list[str]] = {}
-    for name, p in net.named_parameters():
+    for name, p in unwrap(net).named_parameters():
         if p.is_floating_point():
             owners.setdefault(name.rpartition(".")[0], []).append(name)
     if not owners:
@@ -34,18 +37,31 @@ def named(net: nn.Module, *prefixes: str) -> Subset:
 
     Raises:
         ValueError: when a prefix matches nothing.
+
+    Example:
+        >>> from torch import nn
+        >>> list(named(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)), "0", "2.bias"))
+        ['0.weight', '0.bias', '2.bias']
     """
     out: Subset = {}
     for prefix in prefixes:
-        found = [n for n, _ in net.named_parameters() if n == prefix or n.startswith(prefix + ".")]
+        found = [n for n, _ in unwrap(net).named_parameters() if n == prefix or n.startswith(prefix + ".")]
         if not found:
-            raise ValueError(f"no parameter is named {prefix!r} or lies under it; the net has {[n for n, _ in net.named_parameters()]}.")
+            raise ValueError(f"no parameter is named {prefix!r} or lies under it; the net has {[n for n, _ in unwrap(net).named_parameters()]}.")
         out.update(dict.fromkeys(found))
     return out
 
 
 def magnitude(net: nn.Module, count: int) -> Subset:
-    """Masks of the ``count`` weights largest in absolute value."""
+    """Masks of the ``count`` weights largest in absolute value.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Linear(2, 1)
+        >>> _ = net.weight.data.copy_(torch.tensor([[3.0, -4.0]])), net.bias.data.fill_(1.0)
+        >>> magnitude(net, 1)
+        {'weight': tensor([[False,  True]])}
+    """
     return _top(net, {n: p.detach().abs() for n, p in _trainable(net).items()}, count)
 
 
@@ -56,6 +72,10 @@ def largest_variance(net: nn.Module, variances: Tensor, count: int) -> Subset:
         variances: marginal variances [p] of all trainable weights, as ``posterior.weight_variance()`` of a cheap
             (``ggn.Diag``) posterior gives them.
 
+    Example:
+        >>> largest_variance(nn.Linear(2, 1), torch.tensor([0.1, 0.3, 0.2]), 2)
+        {'weight': tensor([[False,  True]]), 'bias': tensor([True])}
+
     Source: Daxberger et al. (2021), "Bayesian deep learning via subnetwork inference".
     """
     vector = ParameterVector.of(net)
@@ -64,13 +84,19 @@ def largest_variance(net: nn.Module, variances: Tensor, count: int) -> Subset:
 
 
 def random_subset(net: nn.Module, count: int, generator: torch.Generator | None = None) -> Subset:
-    """Masks of ``count`` weights drawn at random."""
+    """Masks of ``count`` weights drawn at random.
+
+    Example:
+        >>> masks = random_subset(nn.Linear(3, 2), 4, torch.Generator().manual_seed(0))
+        >>> sum(int(mask.sum()) for mask in masks.values())
+        4
+    """
     scores = {n: torch.rand(p.shape, generator=generator).to(p.device) for n, p in _trainable(net).items()}
     return _top(net, scores, count)
 
 
 def _trainable(net: nn.Module) -> dict[str, Tensor]:
-    return {n: p for n, p in net.named_parameters() if p.requires_grad and p.is_floating_point()}
+    return {n: p for n, p in unwrap(net).named_parameters() if p.requires_grad and p.is_floating_point()}
 
 
 def _top(net: nn.Module, scores: dict[str, Tensor], count: int) -> Subset:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bayesgn._parameters import ParameterVector
+from bayesgn._parameters import ParameterVector, unwrap
 
 if TYPE_CHECKING:
     from bayesgn.ggn import Block
@@ -54,7 +54,7 @@ class WeightPrior(nn.Module):
     @staticmethod
     def per_layer(net: nn.Module, precision: float | Tensor = 1.0, mean: float | Mapping[str, Tensor] = 0.0) -> WeightPrior:
         """One precision for each module of ``net`` that owns parameters."""
-        layers = [name for name, m in net.named_modules() if any(True for _ in m.parameters(recurse=False))]
+        layers = [name for name, m in unwrap(net).named_modules() if any(True for _ in m.parameters(recurse=False))]
         value = _as_precision(precision)
         if value.dim() > 0 and value.shape != (len(layers),):
             raise ValueError(f"precision has shape {tuple(value.shape)}; expected a number or one for each of {layers}.")

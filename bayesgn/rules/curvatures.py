@@ -37,6 +37,13 @@ class GaussNewton(Curvature):
         Λ = E_{y ~ p(y|f)}[ −∂² log p(y|f) / ∂f² ]
 
     Equal to the Hessian for exponential families in their natural parameter (Gaussian, softmax, Poisson with log link).
+
+    Example:
+        >>> from bayesgn.likelihoods import Bernoulli
+        >>> S = GaussNewton().root(Bernoulli(), torch.zeros(1, 1), torch.ones(1, 1))
+        >>> S @ S.mT  # p (1 − p)
+        tensor([[[0.2500]]])
+
     Source: Schraudolph (2002); Martens (2020), sec. 9.
     """
 
@@ -49,6 +56,14 @@ class Exact(Curvature):
 
     Args:
         psd: what is done to an indefinite block [c c]: ``eigclip`` (negative eigenvalues to zero) or ``eigabs`` (their size).
+
+    Example:
+        >>> from bayesgn.likelihoods import StudentT
+        >>> likelihood, f, y = StudentT(df=4.0, noise=1.0).requires_grad_(False), torch.zeros(1, 1), torch.tensor([[5.0]])
+        >>> likelihood.neg_hessian(f, y) < 0  # an outlier: log p(y|f) is convex there
+        tensor([[[True]]])
+        >>> Exact().root(likelihood, f, y)
+        tensor([[[0.]]])
     """
 
     def __init__(self, psd: Callable[[Tensor], Tensor] = eigclip) -> None:
@@ -65,7 +80,13 @@ class Exact(Curvature):
 class EmpiricalFisher(Curvature):
     """The outer product of the datum's own gradient, Λ = g gᵀ with g = ∂ log p(y|f)/∂f.
 
-    One column for each datum, so cheap; not a Fisher matrix (Kunstner, Balles and Hennig 2019 show when it misleads).
+    One column for each datum, so cheap; not a Fisher matrix (Kunstner, Balles and Hennig 2019 show when it misleads). It does not scale with
+    noise, so that ``maximize_evidence`` cannot tune the noise over it without ``data=``.
+
+    Example:
+        >>> from bayesgn.likelihoods import Bernoulli
+        >>> EmpiricalFisher().root(Bernoulli(), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])).flatten()  # y − p
+        tensor([ 0.5000, -0.5000])
     """
 
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -88,6 +109,12 @@ class MonteCarloFisher(Curvature):
 
     Args:
         samples: M, columns for each datum.
+
+    Example:
+        >>> from bayesgn.likelihoods import Categorical
+        >>> f, y = torch.zeros(5, 10), torch.zeros(5, dtype=torch.long)
+        >>> MonteCarloFisher(samples=2).root(Categorical(), f, y, torch.Generator().manual_seed(0)).shape  # two columns, not ten
+        torch.Size([5, 10, 2])
 
     Source: Martens and Grosse (2015), sec. 2.2, with the root in place of a sampled target.
     """

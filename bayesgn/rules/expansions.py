@@ -13,6 +13,11 @@ class Laplace:
 
     Args:
         curvature: which Λ stands for the loss there, :class:`GaussNewton` unless told otherwise.
+
+    Example:
+        >>> from bayesgn import rules
+        >>> rules.Laplace(curvature=rules.MonteCarloFisher(samples=4))
+        Laplace(curvature=MonteCarloFisher(samples=4))
     """
 
     def __init__(self, curvature: Curvature | None = None) -> None:

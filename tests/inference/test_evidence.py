@@ -234,13 +234,26 @@ def test_steps_limit_trace_and_interrupt(monkeypatch):
 # -- with data: what H does not scale with -----------------------------------------------------------------------------------
 
 
-def test_without_data_other_noise_stays_and_the_log_says_so(caplog):
+def test_without_data_other_noise_stays_and_a_warning_says_so():
     net, x, y = regression()
     posterior = fit(net, x, y, ggn.Kron, likelihood=likelihoods.Gaussian(torch.tensor([0.2, 0.2]).double()))
-    with caplog.at_level(logging.INFO, "bayesgn.inference"):
+    with pytest.warns(UserWarning, match=r"leaves noise of Gaussian\(.*data=train_loader") as seen:
         bgn.maximize_evidence(posterior, progress=False)
-    assert "Gaussian: raw_noise stay as they are" in caplog.text and "data=" in caplog.text
+    assert [w.filename for w in seen] == [__file__], "it points at the caller"
     assert posterior.likelihood.noise.tolist() == pytest.approx([0.2, 0.2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is said where nothing was asked for, or where all can be tuned
+        bgn.maximize_evidence(posterior, noise=False, progress=False)
+        bgn.maximize_evidence(posterior, data=(x, y), progress=False)
+        bgn.maximize_evidence(fit(net, x, y, ggn.Kron), progress=False)
+
+
+def test_a_curvature_that_noise_does_not_scale_is_named():
+    net, x, y = regression()
+    rule = bgn.rules.Laplace(curvature=bgn.rules.EmpiricalFisher())
+    posterior = bgn.laplace(models.Network(net), likelihoods.Gaussian(0.2), (x, y), rule=rule, progress=False)
+    with pytest.warns(UserWarning, match=r"leaves noise .* by EmpiricalFisher\(\)"):
+        bgn.maximize_evidence(posterior, progress=False)
 
 
 @pytest.mark.parametrize("full", [False, True])

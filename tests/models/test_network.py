@@ -835,6 +835,7 @@ def test_one_model_fitted_at_several_weights(use_backpack):
 # -- low precision -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:the evidence counts the likelihood of all 2000 data")
 @every_structure
 @pytest.mark.parametrize("dtype, tol", [(torch.bfloat16, 0.1), (torch.float16, 0.02), (torch.float32, 1e-3)], ids=str)
 @pytest.mark.parametrize("family", ["gaussian-2", "categorical"])

@@ -89,12 +89,10 @@ def test_exact_meets_indefinite_blocks():
 def test_monte_carlo_fisher_is_unbiased(name, positions):
     family = BY_NAME[name]
     likelihood, f, y = latents(family, *positions, n=2)
-    generator, count, total, squares = torch.Generator().manual_seed(0), 4000, 0.0, 0.0
-    for _ in range(count):
-        Lam = square(rules.MonteCarloFisher().root(likelihood, f, y, generator))
-        total, squares = total + Lam, squares + Lam.square()
-    mean = total / count
-    se = ((squares / count - mean.square()).clamp_min(0) / count).sqrt()
+    count = 4000  # draws, side by side as so many copies of the data
+    many, labels = (t.repeat(count, *[1] * (t.dim() - 1)) for t in (f, y))
+    draws = square(rules.MonteCarloFisher().root(likelihood, many, labels, torch.Generator().manual_seed(0))).unflatten(0, (count, 2))
+    mean, se = draws.mean(0), draws.std(0) / count**0.5
     wanted = blocks(likelihood.ggn(f, y))
     assert ((mean - wanted).abs() <= 5 * se + 1e-9).all()  # also across positions, where the mean is zero
 
