@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -30,6 +31,11 @@ def batches(data: Any, batch_size: int = 256) -> Iterable[tuple[Any, Tensor]]:
         if len_of(x) == 0:
             raise ValueError("the data are empty (0 rows); there is nothing to condition on.")
         return [(part, y[start : start + len_of(part)]) for start, part in split(x, batch_size)]
+    if isinstance(data, (tuple, list)) and len(data) == 2 and any(_is_array(v) for v in data) and all(_is_array(v) or tensors(v) for v in data):
+        raise TypeError(
+            f"data is a pair of {describe(data[0])} and {describe(data[1])}; expected tensors: (torch.from_numpy(x), torch.from_numpy(y)), x in "
+            "the dtype of the net's weights (.float())."
+        )
     if isinstance(data, Iterator):
         return map(_as_pair, data)
     if not isinstance(data, Iterable):
@@ -55,6 +61,11 @@ def _is_pair_of_arrays(data: Any) -> bool:
         and isinstance(data[1], Tensor)
         and len(tensors(data[0])) > 0
     )
+
+
+def _is_array(value: Any) -> bool:
+    """A numpy array, or what can be made one, that is no tensor."""
+    return hasattr(value, "__array__") and hasattr(value, "shape") and not isinstance(value, Tensor)
 
 
 def _is_tensors(value: Any) -> bool:
@@ -142,6 +153,19 @@ def to(x: Any, device: torch.device) -> Any:
     if on_meta is not None and device.type != "meta":
         raise ValueError(f"an input is {describe(on_meta)} on the meta device, which holds no numbers; pass real data (the net is on {device}).")
     return apply(x, lambda t: t.to(device, non_blocking=True))
+
+
+@contextlib.contextmanager
+def advice(x: Any, like: Tensor) -> Iterator[None]:
+    """Where the net fails on an x of another floating dtype than its weights ``like``, say how to change that."""
+    try:
+        yield
+    except RuntimeError as error:
+        odd = next((t.dtype for t in tensors(x) if t.is_floating_point() and t.dtype != like.dtype), None)
+        if type(error) is not RuntimeError or odd is None:
+            raise
+        cast = {torch.float32: "x.float()", torch.float64: "x.double()"}.get(like.dtype, f"x.to({like.dtype})")
+        raise RuntimeError(f"{error}\nx is {odd} but the net's weights are {like.dtype}; pass {cast}.") from error
 
 
 def check_finite(value: Any, what: str) -> None:

@@ -75,7 +75,7 @@ def draw(views: dict[str, tuple[Distribution, Distribution]], target: Tensor) ->
 
     from bayesgn import plots
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained", dpi=100)
+    figure = Figure(figsize=(12, 4.2), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     left, *others = figure.subplots(1, 3)
     plots.reliability_diagram({name: known for name, (known, _) in views.items()}, target, ax=left)

@@ -258,7 +258,7 @@ def confidence_histogram(
 ) -> Axes:
     """How confident the predictive is on inputs of the training kind and on others, as fractions of each group in equal bins of max_k p_k.
 
-    The legend gives the AUROC by the confidence, of 1 − max_k p_k; ``metrics.summary`` and ``bgn.compare`` give that by the entropy, which may differ.
+    The legend gives the AUROC by the confidence, of 1 − max_k p_k; ``metrics.summary`` and ``bgn.compare`` give another one, by the entropy.
 
     Example:
         >>> y = torch.distributions.Bernoulli(torch.tensor([0.9, 0.1, 0.5]))
@@ -269,7 +269,7 @@ def confidence_histogram(
     groups = [metrics.confidence(y).flatten().double() for y in (in_distribution, out_of_distribution)]
     auroc = float(metrics.auroc_ood(*(1 - group for group in groups)))
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    for group, colour, label in zip(groups, (BLUE, ORANGE), ("in distribution", f"out of distribution (AUROC {auroc:.3f} by confidence)")):
+    for group, colour, label in zip(groups, (BLUE, ORANGE), ("in distribution", f"out of distribution\n(AUROC {auroc:.3f} by confidence)")):
         share = torch.histc(group.cpu().clamp(0, 1), bins, 0, 1) / group.numel()
         ax.stairs(_array(share), _array(edges), color=colour, fill=True, alpha=0.5, label=label)
     ax.set(xlim=(0, 1), title=title)

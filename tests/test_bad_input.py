@@ -269,7 +269,7 @@ def test_once_only_data_and_a_structure_of_several_passes(structure):
         (None, TypeError, "data is None .*expected a DataLoader, a pair"),
         (X, TypeError, r"data is a tensor of shape \(12, 2\)"),
         (X.numpy(), TypeError, r"data is a numpy ndarray of shape \(12, 2\)"),
-        ((X.numpy(), Y.numpy()), TypeError, r"a batch is a numpy ndarray of shape \(12, 2\)"),
+        ((X.numpy(), Y.numpy()), TypeError, r"data is a pair of a numpy ndarray of shape \(12, 2\) and .*torch.from_numpy\(x\)"),
         ("train.csv", TypeError, r"a batch is 't' \(str\); expected a pair"),
         ([X], TypeError, r"a batch is a tensor of shape \(12, 2\)"),
         ([(X, Y.numpy())], TypeError, "targets are a numpy ndarray .*torch.from_numpy"),
@@ -294,7 +294,7 @@ def test_arguments_that_are_something_else():
     for rule, message in (
         (rules.EmpiricalFisher(), r"rule=EmpiricalFisher\(\); expected a rule, .* rules.Laplace\(curvature=rules.EmpiricalFisher\("),
         (rules.GaussNewton, r"expected a rule, an expansion with a curvature: rules.Laplace\(curvature=rules.GaussNewton"),
-        (rules.Laplace, r"expected a rule, an expansion with a curvature: rules.Laplace\(\)"),
+        (rules.Laplace, r"is a class; expected a rule, an expansion with a curvature: rules.Laplace\(...\)"),
         ("ggn", r"rule='ggn' is a str; expected a rule such as rules.Laplace\(\)"),
     ):
         refused(TypeError, message, rule=rule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ def test_the_demo_prints_its_table_and_saves_its_figure(tmp_path, capsys):
     assert last[accuracy] == whole[accuracy] == plain[accuracy] > 80, "the linearised net's mean is the trained net"
     assert last[nll] < plain[nll] and tuned[nll] < plain[nll], "a net that is too sure gains"
     assert tuned[ece] < plain[ece] and tuned[auroc] > plain[auroc]
+    readme = Path(__file__).parent.parent / "README.md"
+    table = re.findall(r"^\| (?:MAP|Laplace|…)[^|]* \|(.*)\|$", readme.read_text(), re.M)
+    told = [[float(re.sub(r"[ *%]", "", cell)) for cell in row.split("|")] for row in table]
+    for row, found in zip(told, scores.values(), strict=True):
+        assert row == pytest.approx(found, rel=0.05, abs=0.5), "README's table is not what the demo prints: run `make demo` and copy it"
     assert last_sampled[nll] == pytest.approx(last[nll], abs=0.06), "a last layer is linear: two views of one posterior"
 
 

@@ -116,7 +116,7 @@ def test_confidence_histogram():
     np.testing.assert_allclose(inside.edges, np.linspace(0, 1, 11))
     np.testing.assert_allclose(inside.values, [0] * 9 + [1])
     np.testing.assert_allclose(outside.values, [0] * 5 + [1] + [0] * 4)
-    assert "AUROC 1.000" in ax.get_legend().get_texts()[1].get_text()
+    assert "AUROC 1.000 by confidence" in ax.get_legend().get_texts()[1].get_text()
 
 
 def test_evidence_trace_marks_the_best():

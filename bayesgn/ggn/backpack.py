@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.hooks import Tap
 
-# Modules whose BackPACK derivative we verified against autograd in float64 (tests/ggn/test_engines.py).
+# Modules whose BackPACK derivative tests/ggn/test_engines.py compares with autograd, in float64 but for the averaging pools: BackPACK's
+# own kernel for those is float32, and a float64 net that has one goes to the hooks.
 CHAIN = (
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.LogSigmoid, nn.ELU, nn.SELU,
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.Flatten, nn.Dropout, nn.Identity,

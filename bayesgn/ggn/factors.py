@@ -209,15 +209,15 @@ class Linear(Factors):
         (Eschenhagen et al. 2023, "Kronecker-factored approximate curvature for modern neural network architectures").
         """
         a, δ = self.a, self.δ
-        weight = a.new_ones(self.n, self.t) if self.counted is None else self.counted.to(a)
+        count = float(self.n if reduce else self.n * self.t)
         if self.counted is not None:
+            weight = self.counted.to(a)
             a = a * weight[:, None, :, None]
+            count = float((weight.sum(1).clamp_max(1) if reduce else weight).sum())
         if reduce and self.t > 1:
-            positions = weight.sum(1)
-            a, δ = a.sum(2, keepdim=True) / positions.clamp_min(1)[:, None, None, None], δ.sum(2, keepdim=True)
-            weight = positions.clamp_max(1)
-        A, B = _second_moment(a), _second_moment(δ.permute(3, 0, 1, 2, 4).flatten(0, 1))
-        return A, B, float(weight.sum())
+            positions = self.t if self.counted is None else weight.sum(1).clamp_min(1)[:, None, None, None]
+            a, δ = a.sum(2, keepdim=True) / positions, δ.sum(2, keepdim=True)
+        return _second_moment(a), _second_moment(δ.permute(3, 0, 1, 2, 4).flatten(0, 1)), count
 
     def square(self) -> Tensor:
         if self.t > 1:

@@ -35,7 +35,8 @@ class Gram(Structure):
             (Nyström; DTC in the language of Gaussian processes):
             H ≈ Q H Q with Q = Gᵀ(G Gᵀ)⁻¹G, G = J̃_Z. In numbers: G Gᵀ = E κ Eᵀ, W = E κ^(-1/2), and one [M M] sum over data
             T = Σ_n (K_nz W)ᵀ Λ_n (K_nz W). Never larger than H in any direction of Z; equal to the exact dual when Z is all
-            data. Needs data that can be walked twice.
+            data. Needs data that can be walked twice. Data added later (``posterior.condition``) are projected onto the Z of the
+            first fit, so that adding is not the same as fitting all at once.
         seed: of the random choice.
 
     Raises:

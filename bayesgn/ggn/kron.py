@@ -132,6 +132,14 @@ class Kron(Structure):
         explicit_limit: weights that are not in a Kronecker module (norms, recurrent cells, …) keep an exact block up to this
             size, and a diagonal beyond it (a warning names them).
 
+    Example:
+        >>> import torch
+        >>> from bayesgn import ggn, laplace, likelihoods, models
+        >>> x = torch.tensor([[1.0], [2.0]]); y = 2 * x
+        >>> posterior = laplace(models.Network(torch.nn.Linear(1, 1).eval(), structure=ggn.Kron), likelihoods.Gaussian(1.0), (x, y))
+        >>> posterior.weight_variance()  # a last layer under squared loss: that of ggn.Full
+        tensor([0.3333, 0.6667], dtype=torch.float64)
+
     Source: Martens and Grosse (2015); Eschenhagen et al. (2023), eqs. for expand and reduce.
     """
 

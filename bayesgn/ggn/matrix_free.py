@@ -100,6 +100,12 @@ class MatrixFreeCurvature(Curvature):
         P = torch.cat([p.to(self.zero).expand(b.numel) for p, b in zip(prior, self.blocks, strict=True)])
         return MatrixFreePrecision(self, P, scale.to(self.zero))
 
+    def copy(self) -> MatrixFreeCurvature:
+        """An H of its own over the same streams: what is added to one is not in the other."""
+        new = MatrixFreeCurvature(self.blocks, self.zero, self.options)
+        new.products = list(self.products)
+        return new
+
     def tensors(self) -> dict[str, Tensor]:
         raise ValueError(
             "structure=ggn.MatrixFree keeps the data themselves and no H, so there is nothing to save. Save the net, and condition "

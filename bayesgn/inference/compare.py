@@ -72,8 +72,9 @@ def compare(
 
     Args:
         posterior: from ``bgn.laplace``, tuned or not.
-        data: held-out data, in any form that ``laplace`` takes. Unless ``temperature_data`` is given, for classes every second datum goes
-            into the fit of T and *all* rows are scored on the others, so that no row has seen what it is scored on.
+        data: held-out data, other than ``tune`` saw, in any form that ``laplace`` takes. Unless ``temperature_data`` is given,
+            for classes every second datum goes into the fit of T and *all* rows are scored on the others, so that no
+            row has seen what it is scored on.
         ood: inputs from elsewhere (a tensor, a loader, pairs): adds the AUROC of telling them from ``data``, by the entropy of the
             predictive for classes and by its variance for real targets.
         temperature_data: other held-out data for the fit of T; everything is then scored on all of ``data``.

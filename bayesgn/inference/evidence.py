@@ -358,7 +358,7 @@ def _warn_untuned(posterior: NetworkPosterior) -> None:
     if left:
         names = ", ".join(name.removeprefix("raw_").removeprefix("log_") for name in left)
         warnings.warn(
-            f"maximize_evidence leaves {names} of {posterior.likelihood} as given: H by {posterior.rule.curvature} is no multiple of one matrix "
-            "as it changes. Pass data=train_loader to refit H and tune it too, or noise=False if this is meant.",
+            f"maximize_evidence leaves {names} of {type(posterior.likelihood).__name__} as given: H by {posterior.rule.curvature} "
+            "is no multiple of one matrix as it changes. Pass data=train_loader to refit H and tune it too, or noise=False if this is meant.",
             stacklevel=3,
         )

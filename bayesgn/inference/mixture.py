@@ -75,6 +75,16 @@ class Mixture:
     Attributes:
         posteriors: its components.
         log_weights: log π [k], normalised.
+
+    Example:
+        >>> from bayesgn import laplace, likelihoods, models
+        >>> x = torch.linspace(-1, 1, 20)[:, None]; y = torch.tensor([0, 1]).repeat(10)
+        >>> nets = [torch.nn.Linear(1, 2).eval() for _ in range(3)]
+        >>> ensemble = mixture([laplace(models.Network(net), likelihoods.Categorical(), (x, y)) for net in nets])
+        >>> ensemble.weights
+        tensor([0.3333, 0.3333, 0.3333], dtype=torch.float64)
+        >>> ensemble(x).probs.shape, ensemble.sample_outputs(x, 10).shape
+        (torch.Size([20, 2]), torch.Size([10, 20, 2]))
     """
 
     def __init__(self, posteriors: list[NetworkPosterior], log_weights: Tensor) -> None:

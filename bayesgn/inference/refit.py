@@ -13,8 +13,8 @@ from bayesgn import _data
 from bayesgn.inference.ascent import maximize
 from bayesgn.inference.evidence import Trace, in_double, over_one_curvature, read, tunable, write
 from bayesgn.likelihoods.predictives import nodes_of
-from bayesgn.models.network import Stream
 from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.stream import Stream
 
 logger = logging.getLogger("bayesgn.inference")
 

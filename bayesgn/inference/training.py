@@ -16,6 +16,7 @@ from bayesgn.ggn.linearization import call, unwrap
 from bayesgn.inference.evidence import maximize_evidence
 from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.stream import Validation
 
 logger = logging.getLogger("bayesgn.inference")
 
@@ -79,7 +80,9 @@ def train_with_evidence(
     weights kept) before the loss has settled: choose ``burn_in`` so that training is mostly done, and start from a noise no larger
     than you expect, or a small net may settle for a constant function.
 
-    **This trains your net**: its weights end at those of the best evidence, and its mode as it came. ``model.prior`` and
+    **This trains your net**: its weights end at those of the best evidence, and its mode as it came. A net that comes in train mode is
+    trained with every module in the mode you gave it (a BatchNorm frozen by ``.eval()`` stays frozen); one that comes in eval mode, as
+    fitted nets do, is put in train mode as a whole. ``model.prior`` and
     ``likelihood`` are not changed; the tuned ones are ``posterior.prior`` and ``posterior.likelihood``. Parameters of the likelihood that the
     evidence cannot tune over one H (noise of each output, degrees of freedom) are trained with the weights.
 
@@ -131,7 +134,7 @@ def train_with_evidence(
     try:
         with _bar(epochs, progress) as bar:
             for epoch in range(1, epochs + 1):
-                net.train()
+                _train_mode(net, modes)
                 history.loss.append(run.epoch(opt, epoch))
                 if schedule is not None:
                     schedule.step()
@@ -154,6 +157,15 @@ def train_with_evidence(
     return run.posterior, history
 
 
+def _train_mode(net: nn.Module, modes: list[tuple[nn.Module, bool]]) -> None:
+    """The modes that the net came with, where it came in train mode; all of it in train mode otherwise."""
+    if not modes[0][1]:  # (the first module is the net itself)
+        net.train()
+        return
+    for m, training in modes:
+        m.training = training
+
+
 class _Run:
     """Weights, prior and likelihood on their way, and the best of them."""
 
@@ -167,6 +179,7 @@ class _Run:
         self.μ = model.prior.mean_vector(self.vector, first)
         self.posterior: NetworkPosterior | None = None
         self.best: dict[str, Tensor] = {}
+        self._validate = Validation(self.likelihood)
 
     def trained_likelihood(self) -> list[nn.Parameter]:
         """The likelihood's parameters that go with the weights: those that the evidence does not tune."""
@@ -191,7 +204,7 @@ class _Run:
             f = self.likelihood.rows(call(self.model.net, _data.to(x, self.device)))
             y = y.to(self.device)
             if epoch == 1:
-                self.likelihood.validate(f.detach(), y)
+                self._validate(f.detach(), y)
             loss = -self.likelihood.log_prob(f, y).sum() / len(f) + self.penalty() / N
             if not bool(torch.isfinite(loss)):
                 lr = opt.param_groups[0]["lr"]
@@ -204,7 +217,7 @@ class _Run:
 
     def evaluate(self, history: History, epoch: int, generator: torch.Generator | None) -> bool:
         """Fit, tune, note; whether it is the best so far."""
-        self.net.eval()  # training sets it back
+        self.model.net.eval()  # (the wrapper too, whose mode is asked for); training sets it back
         posterior = self.model.condition(self.batches, self.likelihood, self.rule, generator=generator, progress=False)
         free = [p for p in posterior.hyperparameters() if p.requires_grad]
         if self.steps and free:

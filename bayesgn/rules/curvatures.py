@@ -12,7 +12,13 @@ from bayesgn._psd import eigclip, psd_root
 
 
 class Curvature(ABC):
-    """Λ at latent values f [n *positions c] and targets y."""
+    """Λ at latent values f [n *positions c] and targets y.
+
+    Attributes:
+        random: whether :meth:`root` draws; it is then always given a generator, and the same one at every walk over the data.
+    """
+
+    random = False
 
     @abstractmethod
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -59,7 +65,7 @@ class Exact(Curvature):
 
     Example:
         >>> from bayesgn.likelihoods import StudentT
-        >>> likelihood, f, y = StudentT(df=4.0, noise=1.0).requires_grad_(False), torch.zeros(1, 1), torch.tensor([[5.0]])
+        >>> likelihood, f, y = StudentT(dof=4.0, scale=1.0).requires_grad_(False), torch.zeros(1, 1), torch.tensor([[5.0]])
         >>> likelihood.neg_hessian(f, y) < 0  # an outlier: log p(y|f) is convex there
         tensor([[[True]]])
         >>> Exact().root(likelihood, f, y)
@@ -118,6 +124,8 @@ class MonteCarloFisher(Curvature):
 
     Source: Martens and Grosse (2015), sec. 2.2, with the root in place of a sampled target.
     """
+
+    random = True
 
     def __init__(self, samples: int = 1) -> None:
         if samples < 1:

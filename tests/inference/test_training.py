@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -153,3 +154,34 @@ def test_burn_in():
     (x, y), net = data(), fresh()
     _, history = run(net, x, y, epochs=23, burn_in=10)
     assert history.epoch == [15, 20, 23]
+
+
+def test_fits_on_the_way_do_not_speak_of_train_mode():
+    (x, y), net = data(), fresh()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(net.train(), x, y, epochs=10)
+    assert net.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_frozen_batch_norm_stays_frozen(training):
+    (x, y), net = data(), fresh()
+    net = nn.Sequential(net[0], nn.BatchNorm1d(8).double(), net[1], net[2]).train(training)
+    net[1].eval()
+    before = net[1].running_mean.clone()
+    run(net, x, y, epochs=10)
+    # a net that comes in eval mode is trained as a whole, as its docstring says
+    assert torch.equal(net[1].running_mean, before) == training
+    assert [m.training for m in net] == [training, False, training, training]
+
+
+def test_a_softmaxed_net_is_told_once_by_training():
+    net, x, y = classification(steps=0)
+    net = nn.Sequential(net, nn.Softmax(-1)).eval()
+    model = models.Network(net, structure=ggn.Diag)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 6)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        bgn.train_with_evidence(model, likelihoods.Categorical(), loader, epochs=1, progress=False)
+    assert len([w for w in said if "softmaxed" in str(w.message)]) == 2  # by training, and by its one fit

@@ -6,6 +6,7 @@ What the numbers *are* is settled against dense oracles elsewhere; a law needs n
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ STRUCTURES = [
     ggn.Full(), ggn.Layerwise(), ggn.Kron(), ggn.Kron(reduce=True), ggn.EigenKron(), ggn.Diag(), ggn.LowRank(rank=10_000), ggn.Gram(),
     ggn.MatrixFree(tol=1e-13, probes=10_000, steps=300),
 ]  # fmt: skip
+# A sigmoid's worth of latent values in [0, 1] may be chance in a net of six data.
+pytestmark = pytest.mark.filterwarnings("ignore:.*seems to have passed a s:UserWarning")
 EVERY = pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 ADDITIVE = pytest.mark.parametrize("structure", [s for s in STRUCTURES if not isinstance(s, (ggn.EigenKron, ggn.MatrixFree))], ids=str)
 EXACT = (ggn.Full, ggn.LowRank, ggn.Gram, ggn.MatrixFree)
@@ -30,7 +33,7 @@ LIKELIHOODS = {
     "Poisson": lambda c: likelihoods.Poisson(),
 }
 ACTIVATIONS = (nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid)
-some = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 class Problem:
@@ -167,13 +170,9 @@ def test_an_infinite_precision_is_the_net_itself(structure, problem):
         wanted = problem.likelihood.rows(problem.net(x))
     close(f.mean, wanted)
     assert f.variance.max() < 1e-8
-    close(posterior.likelihood(f).mean if problem.c == 1 or not isinstance(problem.likelihood, likelihoods.Categorical)
-          else posterior.likelihood(f).probs, _conditional(problem, wanted), 1e-6)  # fmt: skip
-
-
-def _conditional(problem: Problem, f: Tensor) -> Tensor:
-    y = problem.likelihood.conditional(f)
-    return y.probs if isinstance(problem.likelihood, likelihoods.Categorical) else y.mean
+    found, wanted = posterior.likelihood(f), problem.likelihood.conditional(wanted)
+    classes = isinstance(problem.likelihood, likelihoods.Categorical)
+    close(found.probs if classes else found.mean, wanted.probs if classes else wanted.mean, 1e-6)
 
 
 @EVERY
@@ -235,8 +234,6 @@ def test_tuning_never_lowers_the_evidence(structure, problem):
         return  # a search by products alone takes seconds; its evidence and gradients are tested in tests/ggn
     posterior = problem.fit(structure)
     before = posterior.log_evidence().item()
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # one datum and a perfect fit leave no optimum inside the bounds
         trace = bgn.maximize_evidence(posterior, steps=20, progress=False)
