@@ -110,7 +110,8 @@ def maximize_evidence(
     Source: MacKay (1992), "A practical Bayesian framework for backpropagation networks"; Immer et al. (2021), "Scalable
     marginal likelihood estimation for model selection in deep learning".
     """
-    _bounds(bounds, "bounds"), _bounds(noise_bounds, "noise_bounds")
+    for name, value in (("bounds", bounds), ("noise_bounds", noise_bounds)):
+        _bounds(value, name)
     if steps < 0:
         raise ValueError(f"steps={steps}; expected how many steps to take at most, e.g. 100.")
     if data is not None:
