@@ -432,7 +432,7 @@ class Run:
             o = {"net": "small", "structure": structure}
             ours = self.job("tune_ours", **o)
             peer = self.peers(
-                [{"who": "default"}], "hundred", 2, name="tune_peer", seconds=500, title=f"Tuning, {structure}", **o
+                [{"who": "default"}], "hundred", 2, name="tune_peer", seconds=900, title=f"Tuning, {structure}", **o
             ).split(" / ")[-1]
             if "error" in ours:
                 shown, met = ours["error"], False
