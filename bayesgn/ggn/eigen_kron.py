@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision, explicit_block, tell_diagonal
+from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, unflatten_weights
-from bayesgn.ggn.kron import KronBlock, KronPrecision, check_scalar
-from bayesgn.ggn.structure import Curvature, Stream, Structure, accumulator, working
+from bayesgn.ggn.kron import KronBlock, Kronecker, KronPrecision
+from bayesgn.ggn.structure import Stream, accumulator, working
 
 
-class EigenKron(Structure):
+class EigenKron(Kronecker):
     """Kron's eigenvectors with the best eigenvalues for them (EKFAC).
 
         H_block ≈ (Q_b ⊗ Q_a) diag(Σ_n (Q_bᵀδ ⊗ Q_aᵀa)²) (Q_b ⊗ Q_a)ᵀ
@@ -35,20 +35,11 @@ class EigenKron(Structure):
     Source: George et al. (2018), "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", eqs. 9-11.
     """
 
-    def __init__(self, reduce: bool = False, explicit_limit: int = 1024) -> None:
-        self.reduce, self.explicit_limit = reduce, explicit_limit
+    def factored(self, block: Block, like: Tensor) -> BlockCurvature:
+        return EigenKronBlock(block, self.reduce, like)
 
-    def start(self, blocks: list[Block], like: Tensor) -> Curvature:
-        tell_diagonal(self, blocks, self.explicit_limit)
-        return EigenKronCurvature(blocks, [self._part(b, like) for b in blocks])
-
-    def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:
-        for b, p in zip(blocks, prior, strict=True):
-            if b.factored:
-                check_scalar(b, p)
-
-    def _part(self, block: Block, like: Tensor) -> BlockCurvature:
-        return EigenKronBlock(block, self.reduce, like) if block.factored else explicit_block(block, self.explicit_limit, like)
+    def joined(self, blocks: list[Block], parts: list[BlockCurvature]) -> BlockDiagonal:
+        return EigenKronCurvature(blocks, parts)
 
 
 class EigenKronCurvature(BlockDiagonal):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
@@ -119,7 +121,32 @@ class KronPrecision(BlockPrecision):
         return rotated.gram(rotated if other is f else self._rotate(other, dtype)[0], variance)
 
 
-class Kron(Structure):
+class Kronecker(Structure):
+    """A storage in Kronecker coordinates for each block that has factors; the rest exact, or a diagonal where it is large."""
+
+    def __init__(self, reduce: bool = False, explicit_limit: int = 1024) -> None:
+        self.reduce, self.explicit_limit = reduce, explicit_limit
+
+    def start(self, blocks: list[Block], like: Tensor) -> Curvature:
+        tell_diagonal(self, blocks, self.explicit_limit)
+        parts = [self.factored(b, like) if b.factored else explicit_block(b, self.explicit_limit, like) for b in blocks]
+        return self.joined(blocks, parts)
+
+    def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:
+        for b, p in zip(blocks, prior, strict=True):
+            if b.factored:
+                check_scalar(b, p)
+
+    @abstractmethod
+    def factored(self, block: Block, like: Tensor) -> BlockCurvature:
+        """The storage of a block that has Kronecker factors."""
+
+    @abstractmethod
+    def joined(self, blocks: list[Block], parts: list[BlockCurvature]) -> BlockDiagonal:
+        """The storages of all blocks as one H."""
+
+
+class Kron(Kronecker):
     """A Kronecker product for each Linear, Conv and Embedding module, weight and bias together; exact small blocks elsewhere.
 
         H_block ≈ (Σ aaᵀ) ⊗ (Σ δδᵀ) / count
@@ -143,20 +170,8 @@ class Kron(Structure):
     Source: Martens and Grosse (2015); Eschenhagen et al. (2023), eqs. for expand and reduce.
     """
 
-    def __init__(self, reduce: bool = False, explicit_limit: int = 1024) -> None:
-        self.reduce, self.explicit_limit = reduce, explicit_limit
+    def factored(self, block: Block, like: Tensor) -> BlockCurvature:
+        return KronBlock(block, self.reduce, like)
 
-    def start(self, blocks: list[Block], like: Tensor) -> Curvature:
-        tell_diagonal(self, blocks, self.explicit_limit)
-        return BlockDiagonal(blocks, [self.part(b, like) for b in blocks])
-
-    def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:
-        for b, p in zip(blocks, prior, strict=True):
-            if b.factored:
-                check_scalar(b, p)
-
-    def part(self, block: Block, like: Tensor) -> BlockCurvature:
-        """The storage of one block."""
-        if block.factored:
-            return KronBlock(block, self.reduce, like)
-        return explicit_block(block, self.explicit_limit, like)
+    def joined(self, blocks: list[Block], parts: list[BlockCurvature]) -> BlockDiagonal:
+        return BlockDiagonal(blocks, parts)

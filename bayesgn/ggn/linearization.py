@@ -8,116 +8,27 @@ autograd), and is then called with batches. The net itself is never changed: mod
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import logging
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from bayesgn import _data
 from bayesgn._parameters import ParameterVector, unwrap
 from bayesgn.ggn import backpack, functional, hooks
 from bayesgn.ggn.blocks import Block, find_blocks
+from bayesgn.ggn.evaluation import aliases, at_rest, call, close, per_datum
 from bayesgn.ggn.factors import Dense, Factors, Masked
 
 logger = logging.getLogger("bayesgn.ggn")
 
 CHUNK_BYTES = 2**24
 MOST_COLUMNS = 5120  # data × columns
-
-
-def call(net: nn.Module, x: Any, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """The tensor (or ``.logits``) that the net answers to x, at its own or at other ``weights``.
-
-    A tuple or a mapping is spread over forward's arguments where forward takes them so, and handed over whole otherwise.
-    """
-    if isinstance(x, Mapping) and _binds(net, **x):
-        args, kwargs = (), dict(x)
-    elif isinstance(x, tuple) and _binds(net, *x):
-        args, kwargs = x, {}
-    else:
-        args, kwargs = (x,), {}
-    try:
-        output = net(*args, **kwargs) if weights is None else functional_call(net, dict(weights), args, kwargs)
-    except RuntimeError as error:
-        p = next(net.parameters(), None)
-        if type(error) is not RuntimeError or p is None:  # (running out of memory has a type of its own)
-            raise
-        raise RuntimeError(
-            f"{type(net).__name__} (weights {p.dtype} on {p.device}) failed on {_data.describe(x)}: {error}"
-        ) from error
-    if isinstance(output, Tensor):
-        return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    raise TypeError(
-        f"the net returned {_data.describe(output)}; expected a tensor or an object with tensor `.logits`. "
-        "Wrap the net in a module that returns its output tensor."
-    )
-
-
-def _binds(net: nn.Module, *args: Any, **kwargs: Any) -> bool:
-    """Whether the net's forward takes these arguments spread out."""
-    try:
-        inspect.signature(net.forward).bind(*args, **kwargs)
-    except (TypeError, ValueError):
-        return False
-    return True
-
-
-def aliases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """New leaves on the same storage: gradients that reach them are not the net's."""
-    return {name: p.detach().requires_grad_() for name, p in weights.items()}
-
-
-@contextlib.contextmanager
-def at_rest(net: nn.Module, selected: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """The net in eval mode with exactly the ``selected`` parameters requiring grad; as it came afterwards."""
-    modes = [(m, m.training) for m in net.modules()]
-    flags = [(p, p.requires_grad) for p in net.parameters()]
-    buffers = [(m._buffers, dict(m._buffers)) for m in net.modules() if m._buffers]
-    values = [(b, b._version, b.clone()) for _, own in buffers for b in own.values() if b is not None and _may_move(net, b)]
-    chosen = {id(p) for p in selected.values()}
-    try:
-        for m, _ in modes:
-            m.training = False
-        for p, _ in flags:
-            if p.requires_grad != (id(p) in chosen):
-                p.requires_grad_(id(p) in chosen)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for p, flag in flags:
-            if p.requires_grad != flag:
-                p.requires_grad_(flag)
-        for now, before in buffers:
-            now.update(before)
-        moved = set()
-        for b, version, value in values:
-            if b._version != version:
-                moved.add(id(b))
-                with torch.no_grad():
-                    b.copy_(value)
-        _MOVING[net] = moved | _MOVING.get(net, set())
-
-
-# Which buffers a net's forward writes to (a counter, say), known after its first run: those are put back, the others not copied.
-_MOVING: weakref.WeakKeyDictionary[nn.Module, set[int]] = weakref.WeakKeyDictionary()
-
-
-def _may_move(net: nn.Module, buffer: Tensor) -> bool:
-    return net not in _MOVING or id(buffer) in _MOVING[net]
 
 
 class Linearization:
@@ -153,7 +64,12 @@ class Linearization:
 
 
 class _OverwrittenError(RuntimeError):
-    """A tapped input was changed in place by the net before we could use it."""
+    """A tapped input was changed in place by the net, on this batch but not on the first."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the net overwrote the input of one of its layers in place on this batch, though not on the first; give that operation inplace=False."
+        )
 
 
 class Linearizer:
@@ -184,20 +100,27 @@ class Linearizer:
     def evaluate(self, x: Any, rows: Callable[[Tensor], Tensor]) -> Tensor:
         """Outputs only [n *positions c], without a graph."""
         with at_rest(self.net, {}), torch.no_grad():
-            return _per_datum(rows(call(self.net, self._place(x))), _data.len_of(x))
+            return per_datum(rows(call(self.net, self.place(x))), _data.len_of(x))
 
     def __call__(self, x: Any, rows: Callable[[Tensor], Tensor], differentiable: bool = False) -> Linearization:
         """Linearise on a batch; ``rows`` brings the raw output to [n *positions c].
 
         ``differentiable`` keeps a graph from outputs and factors back to x (for gradients of predictive variances).
         """
-        x = self._place(x)
+        x = self.place(x)
         self.plan(x, rows)
         return self._linearize(x, rows, differentiable)
 
     def prepare(self, x: Any, rows: Callable[[Tensor], Tensor]) -> None:
         """Settle blocks and engines on a first batch (otherwise the first call does)."""
-        self.plan(self._place(x), rows)
+        self.plan(self.place(x), rows)
+
+    def parts(self, x: Any, rows: Callable[[Tensor], Tensor]) -> Iterator[Linearization]:
+        """Linearizations of x a piece at a time, small enough for J of all outputs."""
+        x = self.place(x)
+        self.plan(x, rows)
+        for _, part in _data.split(x, self.chunk(self.r)):
+            yield self._linearize(part, rows, False)
 
     def chunk(self, columns: int) -> int:
         """How many data one backward of so many columns should take: δ of the widest layer stays within ``CHUNK_BYTES``.
@@ -210,7 +133,8 @@ class Linearizer:
         room = min(CHUNK_BYTES // (entry * self.widest), 4 * CHUNK_BYTES // (entry * max(explicit, 1)))
         return max(1, min(room, MOST_COLUMNS // columns))
 
-    def _place(self, x: Any) -> Any:
+    def place(self, x: Any) -> Any:
+        """x on the net's device, as tensors that may enter a graph."""
         p = self._first
         x = _data.to(x, p.device)
         with torch.inference_mode(False):  # tensors made under inference_mode cannot enter a graph; their copies can
@@ -228,11 +152,11 @@ class Linearizer:
             # Differentiable factors keep a graph to the weights too; a later backward must not reach the net's own .grad.
             weights = aliases(self.vector.tensors(self.net)) if differentiable else None
             with at_rest(self.net, self.vector.tensors(self.net)), hooks.tapping(self.blocks, n, differentiable) as taps:
-                output = _per_datum(rows(call(self.net, x, weights)), n)
+                output = per_datum(rows(call(self.net, x, weights)), n)
                 flat = output.reshape(n, -1)
             if hooks.stale(taps):
                 raise _OverwrittenError
-        _per_datum(output, n)
+        per_datum(output, n)
 
         @torch.inference_mode(False)
         @torch.set_grad_enabled(differentiable)
@@ -250,7 +174,8 @@ class Linearizer:
                     out.append(hooks.factors(b, *found[i], n))
                 else:
                     out.append(hooks.zero_factors(b, n, S.shape[-1], output))
-            missing = (S == 0).all(-1).any(-1)  # [n]: a target that is missing has S = 0
+            # [n]: some position's target is missing, and S = 0 for all of its outputs.
+            missing = (S == 0).all(-1).unflatten(1, (-1, output.shape[-1])).all(-1).any(-1)
             return [f.without_missing(missing) for f in out] if bool(missing.any()) else out
 
         return Linearization(output if differentiable else output.detach(), self.blocks, pull, (self, x, rows))
@@ -327,7 +252,7 @@ class Linearizer:
         n = 2
         selected = self.vector.tensors(self.net)
         with at_rest(self.net, selected), hooks.tapping(self.blocks, n) as taps:
-            output = _per_datum(rows(call(self.net, two)), n)
+            output = per_datum(rows(call(self.net, two)), n)
         _data.check_finite(output, "the net's output")  # NaN equals nothing, so no engine would pass its check
         flat = output.reshape(n, -1)
         self.r = flat.shape[1]
@@ -448,16 +373,6 @@ class Linearizer:
             logger.info("BackPACK's answer differs from autograd on this net: not used")
 
 
-def _per_datum(output: Tensor, n: int) -> Tensor:
-    """The output, if its first dimension runs over the n data."""
-    if output.dim() == 0 or output.shape[0] != n:
-        raise ValueError(
-            f"the net answered {output.shape[0] if output.dim() else 'a single number'}{' rows' if output.dim() else ''} for {n} data "
-            f"(output {tuple(output.shape)}); the first dimension of its output must run over data."
-        )
-    return output
-
-
 def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) -> Block:
     """The block with the first layout whose factors equal the reference, or made explicit."""
     if not calls:
@@ -477,11 +392,3 @@ def _settle(block: Block, calls: list, deltas: list, reference: Tensor, n: int) 
         return replace(block, layout="broadcast")
     logger.info("%s: its weights act outside its own forward; explicit Jacobian", block.name or "the net")
     return replace(block, module=None)
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to rounding of their dtype."""
-    if a.shape != b.shape:
-        return False
-    tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(a.dtype, 5e-2)
-    return bool((a - b).norm() <= tolerance * b.norm().clamp_min(torch.finfo(b.dtype).tiny))

@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.dual import FactorRows
+from bayesgn.ggn.evaluation import at_rest, call, close
 from bayesgn.ggn.factors import Dense, Factors
 from bayesgn.ggn.keeping import bytes_of, compact, concatenate
-from bayesgn.ggn.linearization import Linearization, Linearizer, at_rest, call, close
+from bayesgn.ggn.linearization import Linearization, Linearizer
 from bayesgn.ggn.structure import Stream, randn
 
 logger = logging.getLogger("bayesgn.ggn")

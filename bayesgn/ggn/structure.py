@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -84,6 +85,10 @@ class Curvature(ABC):
     def spectrum(self) -> list[Spectrum] | None:
         """Eigenvalues of H part by part, with which evidence tuning costs microseconds; None where they are not to be had."""
         return None
+
+    def copy(self) -> Curvature:
+        """An H of its own: what is added to one is not in the other."""
+        return copy.deepcopy(self, {id(b): b for b in self.blocks})  # blocks are shared: they hold the user's modules
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bayesgn import _data
-from bayesgn.ggn.linearization import call, unwrap
+from bayesgn._parameters import unwrap
+from bayesgn.ggn.evaluation import call
 from bayesgn.inference.evidence import maximize_evidence
 from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior

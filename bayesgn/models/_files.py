@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bayesgn import _files, ggn, likelihoods, rules
-from bayesgn._parameters import ParameterVector
+from bayesgn._parameters import ParameterVector, unwrap
 from bayesgn.ggn import Structure
 from bayesgn.ggn.blocks import Block, find_blocks
-from bayesgn.ggn.linearization import Linearizer, unwrap
+from bayesgn.ggn.linearization import Linearizer
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.weight_prior import WeightPrior
 

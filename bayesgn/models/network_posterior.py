@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 
 from bayesgn import _data
 from bayesgn._extras import quiet_import
-from bayesgn._psd import safe_cholesky
-from bayesgn.ggn.factors import Factors
-from bayesgn.ggn.linearization import Linearizer, at_rest, call
-from bayesgn.ggn.matrix_free import MatrixFreeCurvature
-from bayesgn.ggn.structure import Curvature, Precision, Structure, accumulator, randn, working
+from bayesgn.ggn.evaluation import at_rest, call
+from bayesgn.ggn.linearization import Linearizer
+from bayesgn.ggn.structure import Curvature, Precision, Structure, accumulator, working
+from bayesgn.models._identity import fingerprint, marks, sums, versions
+from bayesgn.models.answer import Answer
 from bayesgn.models.posterior import Posterior, StalePosteriorError
 from bayesgn.models.stream import Stream, same_net
 from bayesgn.models.weight_prior import WeightPrior
@@ -76,8 +75,8 @@ class NetworkPosterior(Posterior):
         self.likelihood.to(like.device, dtype)
         θ = self.mean.to(self._wide)  # first: a difference of bfloat16 weights would be rounded to 8 bits
         self.deviation = θ - self.prior.mean_vector(linearizer.vector, θ)  # θ* − μ
-        self._seen, self._sums = _versions(self.net), _sums(self.net)
-        self._print, self._marks = fingerprint(self.net), _marks(self.net)
+        self._seen, self._sums = versions(self.net), sums(self.net)
+        self._print, self._marks = fingerprint(self.net), marks(self.net)
         self._cached: tuple[Any, Precision] | None = None
         self._told_partial = False
         self._made: tuple[Curvature, dict[str, Tensor], Tensor] | None = None
@@ -145,7 +144,7 @@ class NetworkPosterior(Posterior):
         self.check_fresh()
         _check_input(x)
         self._check_behaviour(x)
-        answer = _Answer(self, x)
+        answer = Answer(self.linearizer, self.likelihood.rows, self._settled(), x, self.check_fresh)
         with self._explaining(x):
             mean = answer.mean()
         return FunctionGaussian(mean.reshape(-1, mean.shape[-1]), answer, tuple(mean.shape[1:-1]))
@@ -162,8 +161,7 @@ class NetworkPosterior(Posterior):
             _check_input(x)
             self._check_behaviour(x)
             out = []
-            for part in self._parts(x):
-                lin = self.linearizer(part, self.likelihood.rows)
+            for lin in self.linearizer.parts(x, self.likelihood.rows):
                 change = sum(
                     f.to(self._wide).matvec(deviations[:, b.where].mT)
                     for f, b in zip(lin.factors(), lin.blocks, strict=True)
@@ -184,7 +182,7 @@ class NetworkPosterior(Posterior):
         """
         self.check_fresh()
         _check_input(x)
-        x = self.linearizer._place(x)
+        x = self.linearizer.place(x)
         draws = self.sample_weights(n, generator)
         with self._explaining(x):
             if draws.dtype == self.mean.dtype:
@@ -269,11 +267,7 @@ class NetworkPosterior(Posterior):
         self.check_fresh()
         stream = Stream(self.linearizer, self.likelihood, self.rule, data, generator, progress)
         stream.begin()
-        if isinstance(self.curvature, MatrixFreeCurvature):  # streams and no tensors
-            curvature = self.curvature.copy()
-        else:
-            curvature = self.structure.start(self.curvature.blocks, self.mean)
-            curvature.load({name: t.clone() for name, t in self.curvature.tensors().items()})
+        curvature = self.curvature.copy()
         curvature.fit(stream)
         statistics = {name: t + stream.statistics[name] for name, t in self.statistics.items()}
         return NetworkPosterior(
@@ -311,19 +305,19 @@ class NetworkPosterior(Posterior):
         Version counters are compared first, which costs nothing; then sums of all weights and of their squares, because a write
         through ``.data`` moves no counter. The sums read every weight twice: about 1 ms for a million weights on one core.
         """
-        versions = _versions(self.net)
-        if versions == self._seen and _sums(self.net) == self._sums:
+        seen = versions(self.net)
+        if seen == self._seen and sums(self.net) == self._sums:
             return
         if fingerprint(self.net) != self._print:
             raise StalePosteriorError(
                 f"the weights or buffers of {type(self.net).__name__} changed after the posterior was made; its curvature belongs "
                 "to the old ones. Fit again, or load the old weights back."
             )
-        self._seen, self._sums = versions, _sums(self.net)
+        self._seen, self._sums = seen, sums(self.net)
 
     def _check_behaviour(self, x: Any) -> None:
         """Raise where hooks or modules were put on the net since, and BackPACK's copy no longer answers x as the net does."""
-        if self.linearizer.engine is None or _marks(self.net) == self._marks:
+        if self.linearizer.engine is None or marks(self.net) == self._marks:
             return
         if not same_net(self.linearizer, x, self.likelihood.rows):
             raise StalePosteriorError(
@@ -349,107 +343,11 @@ class NetworkPosterior(Posterior):
                 f"over data, pass x[None]. (What failed: {str(error).splitlines()[0]})"
             ) from error
 
-    def _parts(self, x: Any) -> Iterator[Any]:
-        x = self.linearizer._place(x)
-        self.linearizer.plan(x, self.likelihood.rows)
-        for _, part in _data.split(x, self.linearizer.chunk(self.linearizer.r)):
-            yield part
-
     def __repr__(self) -> str:
         return (
             f"NetworkPosterior({type(self.net).__name__}, {len(self.mean)} weights, {self.structure}, {self.num_data} data, "
             f"{self.prior}, {self.likelihood})"
         )
-
-
-class _Answer:
-    """The covariance of one call of a posterior, worked out when asked for; hyper-parameters as they were at the call."""
-
-    def __init__(self, posterior: NetworkPosterior, x: Any) -> None:
-        self.posterior, self.x = posterior, x
-        self.differentiable = any(t.requires_grad for t in _data.tensors(x)) and torch.is_grad_enabled()
-        self.settled = posterior._settled()
-        self._written = [(t, t._version) for t in _data.tensors(x) if not t.is_inference()]
-        self._mean: Tensor | None = None
-        self._blocks: Tensor | None = None
-        self._dense: Tensor | None = None
-
-    def mean(self) -> Tensor:
-        """[n *positions c]"""
-        if self._mean is None:
-            linearizer, rows = self.posterior.linearizer, self.posterior.likelihood.rows
-            if self.differentiable:
-                with at_rest(linearizer.net, {}):
-                    f = rows(call(linearizer.net, linearizer._place(self.x)))
-            else:
-                f = linearizer.evaluate(self.x, rows)
-            _check_output(f)
-            self._mean = f.to(working(f.dtype))
-        return self._mean
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and outputs."""
-        mean = self.mean()
-        return mean[..., 0].numel(), mean.shape[-1]
-
-    def blocks(self) -> Tensor:
-        """Covariance within each row [N c c]."""
-        if self._blocks is None:
-            self._blocks = torch.cat([self._blocks_of(lin) for lin in self._linearizations()]).to(self.mean().dtype)
-        return self._blocks
-
-    def _blocks_of(self, lin) -> Tensor:
-        c = lin.output.shape[-1]
-        if lin.r == c:
-            return self._covariance(lin.factors())
-        out = []  # one position at a time: columns of the others would be thrown away
-        eye = torch.eye(lin.r, dtype=lin.output.dtype, device=lin.output.device)
-        for start in range(0, lin.r, c):
-            out.append(self._covariance(lin.factors(eye[:, start : start + c].expand(lin.n, -1, -1))))
-        return torch.stack(out, dim=1).flatten(0, 1)
-
-    def _covariance(self, factors: list[Factors]) -> Tensor:
-        covariance = self.settled.covariance(factors)
-        return 0.5 * (covariance + covariance.mT)
-
-    def dense(self) -> Tensor:
-        """Joint covariance [N c, N c]."""
-        if self._dense is None:
-            parts = [lin.factors() for lin in self._linearizations()]
-            rows = [torch.cat([self.settled.joint(a, b) for b in parts], dim=1) for a in parts]
-            joint = torch.cat(rows)
-            self._dense = (0.5 * (joint + joint.mT)).to(self.mean().dtype)
-        return self._dense
-
-    def cholesky(self) -> Tensor:
-        """An exact root of the joint covariance (of rank p at most, so that it may need jitter of the order of rounding)."""
-        return safe_cholesky(self.dense().to(accumulator(self.dense())))
-
-    def draw(self, mean: Tensor, shape: torch.Size, base: Tensor | None) -> Tensor:
-        """Joint draws of [N c] by an exact root of the dense covariance."""
-        L = self.cholesky()
-        ε = randn((*shape, L.shape[0]), L, None) if base is None else base.reshape(*shape, -1).to(L)
-        return mean + (ε @ L.mT).unflatten(-1, mean.shape).to(mean)
-
-    def _linearizations(self) -> Iterator:
-        posterior = self.posterior
-        posterior.check_fresh()  # the mean was taken when the posterior was called, the covariance is worked out now
-        if any(t._version != version for t, version in self._written):
-            raise RuntimeError(
-                "x was overwritten in place between posterior(x) and the covariance, which is worked out when it is asked for; call "
-                "posterior(x) again, or ask for .variance before x changes."
-            )
-        if self.differentiable:
-            x = posterior.linearizer._place(self.x)
-            yield posterior.linearizer(x, posterior.likelihood.rows, differentiable=True)
-            return
-        for part in posterior._parts(self.x):
-            yield posterior.linearizer(part, posterior.likelihood.rows)
-
-
-def _check_output(f: Tensor) -> None:
-    _data.check_finite(f, "the net's output")
 
 
 def _check_input(x: Any) -> None:
@@ -462,38 +360,3 @@ def _count(n: Any) -> int:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"n={n!r} samples; expected a whole number, at least 1.")
     return n
-
-
-def _versions(net: nn.Module) -> tuple:
-    return tuple((id(t), t.data_ptr(), t._version) for t in (*net.parameters(), *net.buffers()) if not t.is_inference())
-
-
-def _marks(net: nn.Module) -> list[tuple]:
-    """Modules and the hooks on them, as they are now."""
-    return [(id(m), *m._forward_hooks, *m._forward_pre_hooks) for m in net.modules()]
-
-
-def _sums(net: nn.Module) -> list[float]:
-    """Sums of values and of their sizes: a write through ``.data`` leaves no trace in versions, but here."""
-    with torch.no_grad():
-        groups: dict[tuple, list[Tensor]] = {}
-        for t in (*net.parameters(), *net.buffers()):
-            if t.is_floating_point() and t.numel() and not t.is_meta:
-                groups.setdefault((t.device, t.dtype), []).append(t.detach())
-        out = []
-        for (_, dtype), ts in groups.items():
-            wide = torch.float32 if dtype.itemsize < 4 else dtype
-            sums = torch.stack([t.sum(dtype=wide) for t in ts])
-            sizes = torch.stack(torch._foreach_norm(ts))
-            out += [sums.tolist(), sizes.tolist()]
-        return out
-
-
-def fingerprint(net: nn.Module) -> str:
-    """A hash of names, shapes, dtypes and values of a net's parameters and buffers."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, t in sorted({**dict(net.named_parameters()), **dict(net.named_buffers())}.items()):
-        digest.update(f"{name}{tuple(t.shape)}{t.dtype}".encode())
-        if not t.is_meta:
-            digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

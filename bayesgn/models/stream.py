@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bayesgn import _data
-from bayesgn.ggn.linearization import Linearization, Linearizer, close
+from bayesgn.ggn.evaluation import close
+from bayesgn.ggn.linearization import Linearization, Linearizer
 from bayesgn.ggn.structure import accumulator, working
 from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.rules import Laplace
@@ -235,6 +236,6 @@ def same_net(linearizer: Linearizer, x: Any, rows: Callable[[Tensor], Tensor]) -
         return True
     two = _data.apply(_data.rows(x, slice(0, 2)), torch.Tensor.detach)
     with torch.no_grad():
-        then = rows(linearizer.engine.forward(linearizer._place(two))[0])
+        then = rows(linearizer.engine.forward(linearizer.place(two))[0])
     now = linearizer.evaluate(two, rows)
     return close(then.to(now), now)
