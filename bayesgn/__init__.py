@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 # name -> the module that defines it. A verb may share its module's name (`laplace`): the front door gives the function.
 _VERBS = {
     "laplace": "bayesgn.inference.laplace",
+    "bayes_newton": "bayesgn.inference.bayes_newton",
     "maximize_evidence": "bayesgn.inference.evidence",
     "train_with_evidence": "bayesgn.inference.training",
     "tune": "bayesgn.inference.tuning",
@@ -39,6 +40,7 @@ _ROOMS = ("datasets", "ggn", "inference", "likelihoods", "metrics", "models", "p
 
 if TYPE_CHECKING:
     from bayesgn import datasets, ggn, inference, likelihoods, metrics, models, plots, rules
+    from bayesgn.inference.bayes_newton import bayes_newton
     from bayesgn.inference.compare import compare
     from bayesgn.inference.evidence import maximize_evidence
     from bayesgn.inference.laplace import laplace
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from bayesgn.models.subsets import largest_variance, last_layer, magnitude, named, random_subset
 
 __all__ = [
+    "bayes_newton",
     "compare",
     "datasets",
     "ggn",

@@ -16,7 +16,7 @@ DESIGN = PACKAGE.parent / "docs" / "design.md"
 
 FLOORS = {
     "_psd": 0, "_parameters": 0, "_data": 0, "_files": 0, "_extras": 0,
-    "likelihoods": 1, "metrics": 1, "datasets": 1,
+    "_kalman": 1, "likelihoods": 1, "metrics": 1, "datasets": 1,
     "rules": 2, "ggn": 2,
     "models": 3,
     "inference": 4,

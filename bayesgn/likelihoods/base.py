@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,21 @@ from .config import describe
 from .marginals import marginals
 from .predictives import PerRow, mixture, nodes_of, scalar_nodes
 
-__all__ = ["Elementwise", "Likelihood", "Positive"]
+__all__ = ["Elementwise", "Integrals", "Likelihood", "Positive"]
+
+
+class Integrals(NamedTuple):
+    """An expectation of the likelihood under N(mean, cov) in closed form, with its derivatives in the mean.
+
+    Attributes:
+        value [n], gradient [n c] and neg_hessian [n c c]: of E[log p] or of log E[p^α], in the mean.
+        fisher [n c c]: the expected Fisher information under N(mean, cov), or under the density tilted by p^α.
+    """
+
+    value: Tensor
+    gradient: Tensor
+    neg_hessian: Tensor
+    fisher: Tensor
 
 
 class Likelihood(nn.Module, ABC):
@@ -65,6 +79,12 @@ class Likelihood(nn.Module, ABC):
                              f"{f.reshape(-1, f.shape[-1])[row].tolist()[:8]}; look for NaN in the inputs or a diverged net")
         self._validate_targets(f, y)
 
+    def validate_targets(self, f: Tensor, y: Tensor) -> None:
+        """:meth:`validate` for y alone; of f only the shape counts."""
+        y = self.targets(f, y)
+        if y.device.type != "meta":
+            self._validate_targets(f, y)
+
     @abstractmethod
     def _validate_targets(self, f: Tensor, y: Tensor) -> None:
         """The values of y, already in its full shape."""
@@ -108,6 +128,24 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of (each entry of) y given f; labels count as one-hot vectors."""
+
+    def response(self, f: Tensor, y: Tensor) -> Tensor:
+        """y as the vector [... d] that :meth:`conditional_moments` are about: labels one-hot, NaN where missing."""
+        return self.targets(f, y).to(f)
+
+    def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
+        """E[y | f] [... d] and Cov[y | f] [... d d] of the vector y."""
+        mean, variance = self.moments(f)
+        return mean, torch.diag_embed(variance)
+
+    # --- expectations over f --------------------------------------------------------------------------------------------------------
+    def expected(self, mean: Tensor, cov: Tensor, y: Tensor) -> Integrals | None:
+        """E[log p(y | f)] for f ~ N(mean [n c], cov [n c c]) in closed form; None where there is none (then it is done by cubature)."""
+        return None
+
+    def tilted(self, mean: Tensor, cov: Tensor, y: Tensor, power: float) -> Integrals | None:
+        """log E[p(y | f)^power] for f ~ N(mean [n c], cov [n c c]) in closed form; None where there is none."""
+        return None
 
     # --- sums over data -------------------------------------------------------------------------------------------------------------
     def statistics(self, f: Tensor, y: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from .base import Elementwise, Positive, _like
+from .base import Elementwise, Integrals, Positive, _like
 
 __all__ = ["NegativeBinomial", "Poisson"]
 
@@ -64,6 +64,15 @@ class Poisson(_Counts):
 
     def _family(self, f):
         return td.Poisson, {"rate": self._eta(f).exp()}
+
+    def expected(self, mean, cov, y):
+        # E[e^η] = e^{E η + ½ var η} for each output by itself
+        observed, y = self._observed(mean, y)
+        eta = self._eta(mean)
+        rate = (eta + 0.5 * cov.diagonal(dim1=-2, dim2=-1)).exp()
+        value = self._only_observed(y * eta - rate - torch.lgamma(y + 1), observed).sum(-1)
+        bend = torch.diag_embed(self._only_observed(rate, observed))
+        return Integrals(value, self._only_observed(y - rate, observed), bend, bend)
 
     def sample(self, f, generator=None):
         rate = self._eta(f).exp()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal
 
 from .._psd import safe_cholesky
-from .base import Likelihood, _accumulator, _as_parameter, _like, _randn
+from .base import Integrals, Likelihood, _accumulator, _as_parameter, _like, _randn
 
 __all__ = ["Gaussian"]
 
@@ -157,6 +157,33 @@ class Gaussian(Likelihood):
     def moments(self, f):
         variance = self.noise.diagonal() if self.raw_noise.ndim == 2 else self.noise
         return f, _like(variance, f).expand(f.shape)
+
+    def conditional_moments(self, f):
+        L = self._noise_cholesky(f)
+        return f, (L @ L.mT).expand(*f.shape, f.shape[-1])
+
+    def expected(self, mean, cov, y):
+        # E[log p] = log p(y | m) − ½ tr(R⁻¹ C)
+        precision = self.ggn(mean, y)
+        value = self.log_prob(mean, y) - 0.5 * (precision * cov).sum((-1, -2))
+        return Integrals(value, self.gradient(mean, y), precision, precision)
+
+    def tilted(self, mean, cov, y, power):
+        # p^α ∝ N(y; f, R/α): log E = log N(y; m, C + R/α) + ½ (1 − α) log |2πR| − ½ c log α. With S = R⁻ᐟ² (zero for what is missing)
+        # B = I + α Sᵀ C S, so that (C + R/α)⁻¹ = α S B⁻¹ Sᵀ on what is observed.
+        S = self.ggn_root(mean, y)
+        B = torch.eye(S.shape[-1], dtype=S.dtype, device=S.device) + power * S.mT @ cov @ S
+        L = torch.linalg.cholesky(B)
+        V = torch.linalg.solve_triangular(L, S.mT, upper=False)
+        precision = power * V.mT @ V
+        g = self.gradient(mean, y)                                                   # R⁻¹ (y − m)
+        observed, z = self._observed(mean, y)
+        residual = torch.where(observed, z - mean, 0.0)
+        gradient = (precision @ residual.unsqueeze(-1)).squeeze(-1)
+        # α log p(y | m) = −α/2 rᵀR⁻¹r + …: exchange the quadratic, subtract ½ log |B|.
+        value = power * self.log_prob(mean, y) + 0.5 * power * (g * residual).sum(-1) - 0.5 * (gradient * residual).sum(-1)
+        value = value - L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return Integrals(value, gradient, precision, S @ S.mT)
 
     def statistics(self, f, y):
         f = f.detach().to(_accumulator(f))

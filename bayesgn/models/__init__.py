@@ -1,5 +1,11 @@
 """Models p(f): what was believed about functions before the data, and what is believed after."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from bayesgn._extras import quiet_import
 from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior
@@ -7,7 +13,36 @@ from bayesgn.models.posterior import Posterior, StalePosteriorError
 from bayesgn.models.subsets import largest_variance, last_layer, magnitude, named, random_subset
 from bayesgn.models.weight_prior import WeightPrior
 
+if TYPE_CHECKING:
+    from bayesgn.models import sde_kernels
+    from bayesgn.models.gaussian_process import GaussianProcess
+    from bayesgn.models.gp import GP
+    from bayesgn.models.gp_posterior import GaussianProcessPosterior
+    from bayesgn.models.markov_gp import MarkovGP
+
+# Gaussian processes bring gpytorch with them: imported when first asked for, so that a network costs nothing of it.
+_LATE = {
+    "GP": "gp",
+    "GaussianProcess": "gaussian_process",
+    "GaussianProcessPosterior": "gp_posterior",
+    "MarkovGP": "markov_gp",
+}
+
 __all__ = [
-    "Checkpoint", "Network", "NetworkPosterior", "Posterior", "StalePosteriorError", "WeightPrior",
-    "largest_variance", "last_layer", "magnitude", "named", "random_subset",
+    "GP", "Checkpoint", "GaussianProcess", "GaussianProcessPosterior", "MarkovGP", "Network", "NetworkPosterior", "Posterior",
+    "StalePosteriorError", "WeightPrior", "largest_variance", "last_layer", "magnitude", "named", "random_subset", "sde_kernels",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE and name != "sde_kernels":
+        raise AttributeError(f"module 'bayesgn.models' has no attribute {name!r}; it has {', '.join(__all__)}")
+    with quiet_import():
+        module = importlib.import_module(f"bayesgn.models.{_LATE.get(name, name)}")
+    value = module if name not in _LATE else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from gpytorch.distributions import MultitaskMultivariateNormal
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from linear_operator.operators import DenseLinearOperator, LinearOperator
 from torch import Tensor
 
@@ -107,4 +107,51 @@ class FunctionGaussian(MultitaskMultivariateNormal):
         return self.plain() + (other.plain() if isinstance(other, FunctionGaussian) else other)
 
     def __mul__(self, other) -> MultitaskMultivariateNormal:
+        return self.plain() * other
+
+
+class LatentGaussian(MultivariateNormal):
+    """f at m rows of one latent function, as gpytorch's ``MultivariateNormal`` (event [m]); the joint covariance is worked out when asked for."""
+
+    def __init__(self, mean: Tensor, answer) -> None:
+        self.answer = answer
+        super().__init__(mean, FunctionCovariance(mean, answer), validate_args=False)
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Mean [m 1] and covariance [m 1 1] of each row."""
+        return self.mean.unsqueeze(-1), self.answer.blocks()
+
+    @property
+    def variance(self) -> Tensor:
+        return self.answer.blocks()[:, 0, 0]
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.variance.clamp_min(0).sqrt()
+
+    def rsample(self, sample_shape=torch.Size(), base_samples: Tensor | None = None) -> Tensor:
+        if base_samples is not None:
+            sample_shape = base_samples.shape[:-1]
+        return self.answer.draw(self.mean, torch.Size(sample_shape), base_samples)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if value.shape[-1:] != self.mean.shape:
+            raise ValueError(f"value has shape {tuple(value.shape)}; expected [..., {len(self.mean)}].")
+        L = self.answer.cholesky()
+        return torch.distributions.MultivariateNormal(self.mean.to(L), scale_tril=L).log_prob(value.to(L)).to(self.mean)
+
+    def plain(self) -> MultivariateNormal:
+        """The same Gaussian as gpytorch's own class."""
+        return MultivariateNormal(self.mean, self.lazy_covariance_matrix)
+
+    def expand(self, batch_size) -> MultivariateNormal:
+        return self.plain().expand(batch_size)
+
+    def add_jitter(self, noise: float = 1e-4) -> MultivariateNormal:
+        return self.plain().add_jitter(noise)
+
+    def __add__(self, other) -> MultivariateNormal:
+        return self.plain() + (other.plain() if isinstance(other, LatentGaussian) else other)
+
+    def __mul__(self, other) -> MultivariateNormal:
         return self.plain() * other

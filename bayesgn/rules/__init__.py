@@ -1,7 +1,13 @@
 """Rules (Λ): how the loss at one datum bends. A rule is expansion × curvature."""
 
 from bayesgn._psd import eigabs, eigclip
+from bayesgn.likelihoods.cubature import Cubature, GaussHermite, MonteCarloCubature, Unscented
 from bayesgn.rules.curvatures import Curvature, EmpiricalFisher, Exact, GaussNewton, MonteCarloFisher
-from bayesgn.rules.expansions import Laplace
+from bayesgn.rules.expansions import Expansion, Laplace, Variational
+from bayesgn.rules.power_ep import PowerEP
+from bayesgn.rules.sites import Marginals, Sites, Turn
 
-__all__ = ["Curvature", "EmpiricalFisher", "Exact", "GaussNewton", "Laplace", "MonteCarloFisher", "eigabs", "eigclip"]
+__all__ = [
+    "Cubature", "Curvature", "EmpiricalFisher", "Exact", "Expansion", "GaussHermite", "GaussNewton", "Laplace", "Marginals",
+    "MonteCarloCubature", "MonteCarloFisher", "PowerEP", "Sites", "Turn", "Unscented", "Variational", "eigabs", "eigclip",
+]  # fmt: skip

@@ -4,11 +4,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bayesgn._psd import eigclip, psd_root
+
+
+class Local(ABC):
+    """What an expansion knows of each datum: the slope of L_n and where its quadratic touches; curvatures on request.
+
+    Attributes:
+        gradient [n c]: ∂L_n/∂m, the true one.
+        at [n c]: where the quadratic has that slope.
+        cov [n c c]: of the belief.
+        valid [n]: False where the expansion itself failed (an improper cavity).
+    """
+
+    def __init__(self, q, gradient: Tensor, at: Tensor | None = None, valid: Tensor | None = None) -> None:
+        self.gradient, self.cov = gradient, q.cov
+        self.at = q.mean if at is None else at
+        self.valid = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device) if valid is None else valid
+
+    @abstractmethod
+    def fisher(self) -> Tensor:
+        """The Gauss-Newton curvature [n c c], PSD."""
+
+    @abstractmethod
+    def hessian(self) -> Tensor:
+        """−∂²L_n/∂m² [n c c], possibly indefinite."""
+
+    @abstractmethod
+    def outer(self) -> Tensor:
+        """The mean outer product of gradients [n c c], PSD."""
+
+
+class Bent(NamedTuple):
+    """Λ [n c c], the curvature's memory, and how many blocks were indefinite before they were made PSD."""
+
+    matrix: Tensor
+    memory: tuple[Tensor, ...] = ()
+    indefinite: int = 0
 
 
 class Curvature(ABC):
@@ -23,6 +60,14 @@ class Curvature(ABC):
     @abstractmethod
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """S [n r k] with Λ_n = S Sᵀ over all r = positions · c outputs of a datum."""
+
+    @abstractmethod
+    def bend(self, local: Local, memory: tuple[Tensor, ...], generator: torch.Generator | None = None) -> Bent:
+        """Λ for an expansion's view of the data."""
+
+    def blend(self, old: Tensor, new: Tensor, cov: Tensor, lr: float) -> Tensor:
+        """The site precision after a step of size lr from ``old`` to ``new``; cov is the belief's."""
+        return (1 - lr) * old + lr * new
 
     def columns(self, r: int) -> int:
         """Columns of S for a datum with r outputs."""
@@ -56,6 +101,9 @@ class GaussNewton(Curvature):
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return over_positions(likelihood.ggn_root(f, y))
 
+    def bend(self, local: Local, memory=(), generator=None) -> Bent:
+        return Bent(local.fisher())
+
 
 class Exact(Curvature):
     """The negative Hessian of log p(y|f), made PSD where it is not.
@@ -78,6 +126,10 @@ class Exact(Curvature):
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return over_positions(psd_root(self.psd(likelihood.neg_hessian(f, y))))
 
+    def bend(self, local: Local, memory=(), generator=None) -> Bent:
+        H = local.hessian()
+        return Bent(self.psd(H), indefinite=count_indefinite(H))
+
     def scale(self, likelihood) -> Tensor:
         # The Hessian of a likelihood scales as its Fisher only where the two are the same matrix (a Gaussian's 1/noise).
         return likelihood.ggn_scale()
@@ -97,6 +149,9 @@ class EmpiricalFisher(Curvature):
 
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return likelihood.gradient(f, y).reshape(f.shape[0], -1, 1)
+
+    def bend(self, local: Local, memory=(), generator=None) -> Bent:
+        return Bent(local.outer())
 
     def columns(self, r: int) -> int:
         return 1
@@ -139,8 +194,24 @@ class MonteCarloFisher(Curvature):
         g = S @ signs.mul_(2).sub_(1).to(S.device)
         return g.reshape(f.shape[0], -1, self.samples) / self.samples**0.5
 
+    def bend(self, local: Local, memory=(), generator=None) -> Bent:
+        S = psd_root(local.fisher())
+        device = S.device if generator is None else generator.device
+        signs = torch.randint(2, (len(S), S.shape[-1], self.samples), generator=generator, device=device, dtype=S.dtype)
+        S = S @ signs.mul_(2).sub_(1).to(S.device)
+        return Bent(S @ S.mT / self.samples)
+
     def columns(self, r: int) -> int:
         return self.samples
+
+
+def count_indefinite(H: Tensor) -> int:
+    """Blocks [n c c] with an eigenvalue below zero, beyond rounding."""
+    if H.shape[-1] == 1:
+        return int((H < 0).sum())
+    finite = torch.where(H.isfinite(), H, 0.0)
+    λ = torch.linalg.eigvalsh(finite)
+    return int((λ[..., 0] < -1e-12 * λ.abs().amax(-1)).sum())
 
 
 def over_positions(S: Tensor) -> Tensor:
