@@ -50,8 +50,8 @@ def write(path: str | Path, kind: str, header: dict, tensors: dict[str, Tensor])
     return path
 
 
-def read(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """The header and the tensors (on the CPU) of a file that :func:`write` made.
+def read(path: str | Path, *kinds: str) -> tuple[dict, dict[str, Tensor]]:
+    """The header and the tensors (on the CPU) of a file of one of these kinds that :func:`write` made; ``header["kind"]`` says which.
 
     Raises:
         FileNotFoundError, ValueError: for a missing, damaged or foreign file, another kind, or a newer format.
@@ -86,8 +86,8 @@ def read(path: str | Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
             f"{str(path)!r} has file format {found}, written by bayesgn {version}; this version reads up to {FORMAT}. "
             "Upgrade bayesgn (pip install -U bayesgn) to load it."
         )
-    if found_kind != kind:
-        raise ValueError(f"{str(path)!r} holds a {found_kind}; expected a {kind}.")
+    if found_kind not in kinds:
+        raise ValueError(f"{str(path)!r} holds a {found_kind}; expected a {' or a '.join(kinds)}.")
     return header, tensors
 
 

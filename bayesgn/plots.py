@@ -59,7 +59,7 @@ def _finish(ax: Axes, xlabel: str, ylabel: str) -> Axes:
 
 def predictive_band(
     x: Tensor,
-    f: Distribution,
+    f: Distribution | None,
     y: Distribution | None = None,
     data: tuple[Tensor, Tensor] | None = None,
     truth: Tensor | None = None,
@@ -67,16 +67,19 @@ def predictive_band(
     xlabel: str = "x",
     ylabel: str = "y",
     ax: Axes | None = None,
+    response: Callable[[Tensor], Tensor] | None = None,
 ) -> Axes:
     """A regression's mean with its central intervals: of the function (epistemic) inside that of the observations (total).
 
     Args:
         x: inputs [n] or [n 1], in any order.
-        f: the distribution of the function values at x, as `posterior(x)` gives it; one output.
-        y: the predictive of the observations, `likelihood(f)`: adds the outer band.
+        f: the distribution of the function values at x, as `posterior(x)` gives it, one output; None draws the observations alone.
+        y: the predictive of the observations, `likelihood(f)`: adds the outer band. For counts and other non-Gaussian predictives too.
         data: observations (x [m], y [m]) to draw as points.
         truth: the true function at x, where it is known.
         xlabel, ylabel: axis labels; give the units ("time after impact / ms").
+        response: a monotone function from f to the scale of y, `torch.exp` for a log rate: it maps quantiles to quantiles, so that the middle
+            line is the median.
 
     Example:
         >>> x = torch.linspace(0, 1, 5)
@@ -89,20 +92,148 @@ def predictive_band(
     order = x.argsort()
     grid = _array(x[order])
     at = lambda t: _array(_column(t, "the predictive")[order])
-    if f.mean.numel() != len(x):
-        raise ValueError(f"f has {list(f.mean.shape)} values and x has {len(x)} inputs; expected one output an input")
+    if f is None and y is None:
+        raise ValueError("neither f nor y was given; the figure needs posterior(x), likelihood(posterior(x)), or both")
+    centre = f if f is not None else y
+    assert centre is not None
+    if centre.mean.numel() != len(x):
+        which = "f" if f is not None else "y"
+        raise ValueError(f"{which} has {list(centre.mean.shape)} values and x has {len(x)} inputs; expected one output an input")
     percent = f"{100 * level:g} %"
     if y is not None:
-        lower, upper = metrics.interval(y, level)
+        lower, upper = _interval(y, level)
         ax.fill_between(grid, at(lower), at(upper), color=BLUE, alpha=0.15, linewidth=0, label=f"observation, {percent}")
-    lower, upper = metrics.interval(f, level)
-    ax.fill_between(grid, at(lower), at(upper), color=BLUE, alpha=0.35, linewidth=0, label=f"function, {percent}")
-    ax.plot(grid, at(f.mean), color=BLUE, label="mean")
+    onto = response if response is not None else lambda t: t
+    if f is not None:
+        ends = [at(onto(t)) for t in metrics.interval(f, level)]
+        ax.fill_between(grid, ends[0], ends[1], color=BLUE, alpha=0.35, linewidth=0, label=f"function, {percent}")
+        ax.plot(grid, at(onto(f.mean)), color=BLUE, label="mean" if response is None else "median")
+    else:
+        ax.plot(grid, at(centre.mean), color=BLUE, label="mean")
     if truth is not None:
         ax.plot(grid, at(truth), color=GREY, linestyle="--", linewidth=1, label="truth")
     if data is not None:
         ax.plot(_array(_column(data[0], "data x")), _array(_column(data[1], "data y")), "k.", markersize=3, label="data")
     return _finish(ax, xlabel, ylabel)
+
+
+DRAWS, COUNTS = 10_000, 2**22  # for the quantiles of a predictive that is neither Gaussian nor a count; rows × counts of one that is
+
+
+def _interval(y: Distribution, level: float) -> tuple[Tensor, Tensor]:
+    """The central interval of any scalar predictive: in closed form, by summing over counts, or from draws with a seed of their own."""
+    try:
+        return metrics.interval(y, level)
+    except TypeError:
+        pass
+    tails = (1 - level) / 2, (1 + level) / 2
+    mean, spread = y.mean.detach(), y.variance.detach().sqrt()
+    # A count's probabilities are summed up to where the rest is no more than rounding.
+    top = float((mean + 12 * spread + 20).nan_to_num(posinf=torch.inf).max())
+    if _counts(y) and top * mean.numel() < COUNTS:
+        k = torch.arange(int(top) + 1, device=mean.device, dtype=mean.dtype)
+        log_p = y.log_prob(k.reshape(-1, *[1] * mean.ndim).expand(-1, *mean.shape)).detach()
+        cdf = log_p.reshape(len(k), -1).exp().cumsum(0).reshape(len(k), *mean.shape)
+        low, high = ((cdf < p - 1e-9).sum(0).to(k) for p in tails)
+        return low, high
+    with torch.random.fork_rng([mean.device] if mean.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        draws = y.sample(torch.Size([DRAWS]))
+    low, high = torch.quantile(draws.to(torch.float64), torch.tensor(tails, dtype=torch.float64, device=draws.device), dim=0)
+    return low, high
+
+
+def _counts(y: Distribution) -> bool:
+    support: Any = y.support
+    inner = getattr(support, "base_constraint", support)
+    return bool(getattr(inner, "is_discrete", False))
+
+
+def latent_bands(
+    x: Tensor,
+    f: Distribution,
+    names: Sequence[str] | None = None,
+    level: float = 0.95,
+    xlabel: str = "x",
+    ylabel: str = "latent functions",
+    ax: Axes | None = None,
+) -> Axes:
+    """Several latent functions of one input, each with its mean and central interval.
+
+    Args:
+        x: inputs [n] or [n 1], in any order.
+        f: their joint Gaussian at x, [n] or [n c], as `posterior(x)` gives it.
+        names: for the legend, one a latent.
+
+    Example:
+        >>> f = torch.distributions.Normal(torch.zeros(5, 2), torch.ones(5, 2))
+        >>> len(latent_bands(torch.arange(5.0), f, names=("signal", "log noise")).lines)
+        2
+    """
+    ax = _axes(ax)
+    x = _column(x, "x")
+    mean = f.mean.detach().reshape(len(x), -1) if f.mean.numel() % max(len(x), 1) == 0 else f.mean
+    if mean.ndim != 2 or len(mean) != len(x):
+        raise ValueError(f"f has shape {list(f.mean.shape)} and x has {len(x)} inputs; expected [n] or [n c]")
+    std = f.variance.detach().clamp_min(0).sqrt().reshape(mean.shape)
+    named = [f"f{i + 1}" for i in range(mean.shape[1])] if names is None else list(names)
+    if len(named) != mean.shape[1]:
+        raise ValueError(f"{len(named)} names for {mean.shape[1]} latent functions")
+    order, width = x.argsort(), float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
+    for i, (name, colour) in enumerate(zip(named, _CYCLE * len(named))):
+        m, w = _array(mean[order, i]), width * _array(std[order, i])
+        ax.fill_between(_array(x[order]), m - w, m + w, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(_array(x[order]), m, color=colour, label=f"{name}, {100 * level:g} %")
+    return _finish(ax, xlabel, ylabel)
+
+
+def posterior_band(
+    posterior: Any,
+    x: Tensor | None = None,
+    level: float = 0.95,
+    xlabel: str = "x",
+    ylabel: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A Gaussian process of one input in one call: its data, the band of what is expected of y, and that of y itself.
+
+    With one latent function, f is drawn on the scale of y, as E[y | f] (the rate of counts, the probability of a label). With several, y is drawn
+    alone; :func:`latent_bands` shows them.
+
+    Args:
+        posterior: from `bgn.bayes_newton`, over one input.
+        x: where to draw it; 300 points over the data and a tenth beyond unless given.
+
+    Example:
+        >>> import gpytorch, bayesgn as bgn
+        >>> t = torch.linspace(0, 5, 30); counts = torch.poisson(torch.exp(torch.sin(t)))
+        >>> kernel = gpytorch.kernels.ScaleKernel(gpytorch.kernels.MaternKernel(nu=1.5))
+        >>> posterior = bgn.bayes_newton(bgn.models.MarkovGP(kernel), bgn.likelihoods.Poisson(), (t, counts))
+        >>> [text.get_text() for text in posterior_band(posterior, xlabel="time / s", ylabel="counts").get_legend().get_texts()]
+        ['observation, 95 %', 'function, 95 %', 'median', 'data']
+    """
+    seen = posterior.inputs.x
+    if seen.shape[-1] != 1:
+        raise ValueError(f"the posterior's inputs have {seen.shape[-1]} columns; this figure is about one input")
+    if x is None:
+        low, high = float(seen.min()), float(seen.max())
+        pad = 0.1 * (high - low or 1.0)
+        x = torch.linspace(low - pad, high + pad, 300, dtype=seen.dtype, device=seen.device)
+    likelihood = posterior.likelihood
+    with torch.no_grad():
+        f = posterior(x)
+        y = likelihood(f)
+        label = metrics.is_classification(y)
+        if label and f.mean.numel() != len(x):
+            raise ValueError("a classification with several latent functions has no single curve; draw latent_bands(x, posterior(x))")
+        several = f.mean.numel() != len(x)
+        response: Any = lambda t: likelihood.moments(t.reshape(-1, 1))[0].reshape(-1)
+        if several or torch.equal(response(f.mean), f.mean):
+            response = None
+        return predictive_band(
+            x, None if several else f, None if label else y, (seen, posterior.y), level=level, xlabel=xlabel,
+            ylabel=ylabel if ylabel is not None else ("p(y = 1)" if label else "y"), ax=ax, response=response,
+        )  # fmt: skip
 
 
 # -- maps over two inputs ----------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CXXFLAGS", "-O1")  # tests meet many sizes of the Kalman kernel, each for a moment: compiling costs more than running
 
 import pytest
 import torch

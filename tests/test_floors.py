@@ -25,7 +25,7 @@ FLOORS = {
 
 # Imports inside a function that close a circle within a room. Each is one object made by the other; no circle may join them unseen.
 CIRCLES = {
-    ("models.network_posterior", "models._files"),  # a posterior saves itself, a file makes a posterior
+    ("models.weight_posterior", "models._files"),  # a posterior saves itself, a file makes a posterior
     ("inference.evidence", "inference.refit"),  # turns of tuning and refitting call back the tuning
     ("likelihoods.config", "likelihoods"),  # a config names a class that its room exports
 }

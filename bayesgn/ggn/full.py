@@ -38,6 +38,10 @@ class FullCurvature(Curvature):
         self.blocks = blocks
         self.whole = DenseBlock(blocks[-1].where.stop, like)
 
+    @property
+    def exact(self) -> bool:
+        return True
+
     def add(self, factors: list[Factors]) -> None:
         self.whole.add(Concatenated(factors))
 

@@ -84,6 +84,10 @@ class GramCurvature(DualCurvature):
         return True
 
     @property
+    def exact(self) -> bool:
+        return not self.partial
+
+    @property
     def partial(self) -> bool:
         return self.kept.size is not None and self.kept.seen > self.kept.size
 

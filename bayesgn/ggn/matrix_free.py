@@ -84,6 +84,10 @@ class MatrixFreeCurvature(Curvature):
         self.products: list[Products] = []
         self.warm: Tensor | None = None  # the last solves of the probes: the next step of tuning starts from them
 
+    @property
+    def exact(self) -> bool:
+        return True
+
     def fit(self, stream: Stream) -> None:
         """Take a stream in (another one adds to the first)."""
         self.products.append(Products(stream, self.blocks, self.zero, self.options.memory, self.options.graph))

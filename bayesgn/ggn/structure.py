@@ -65,6 +65,11 @@ class Curvature(ABC):
         return False
 
     @property
+    def exact(self) -> bool:
+        """Whether this storage leaves nothing out of H."""
+        return False
+
+    @property
     def resumable(self) -> bool:
         """Whether :meth:`fit` is one walk that adds batch by batch, so that it can go on in the middle."""
         return type(self).fit is Curvature.fit

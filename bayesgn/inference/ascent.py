@@ -20,8 +20,11 @@ def maximize(
     tol: float,
     note: Callable[[tuple[np.ndarray, float]], None],
     progress: bool | None = None,
+    noise: float = 0.0,
 ) -> tuple[np.ndarray, str, bool]:
     """Projected Newton (where ``objective`` gives a Hessian) or L-BFGS with a backtracking line search; never goes down.
+
+    ``noise`` is the relative accuracy of the objective: where no step gains and no more than that was to be expected, the search is over.
 
     Returns:
         z, why it stopped, whether it converged.
@@ -47,7 +50,8 @@ def maximize(
                 if math.isfinite(new_value) and new_value >= value + 1e-4 * float(g @ (new - z)):
                     break
                 step *= 0.5
-                if step < 1e-8 or np.abs(step * direction).max() < min(tol, 1e-9):
+                expected = step * float(g @ direction)
+                if step < 1e-8 or np.abs(step * direction).max() < min(tol, 1e-9) or expected < noise * (1 + abs(value)):
                     return z, "no further gain within rounding", True
             s, y = new - z, gradient - new_gradient
             if s @ y > 1e-12 * np.linalg.norm(s) * np.linalg.norm(y):

@@ -11,10 +11,10 @@ from torch.distributions import Bernoulli, Categorical, Distribution, Independen
 
 from bayesgn import metrics
 from bayesgn.likelihoods.predictives import PerRow
-from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.weight_posterior import WeightPosterior
 
 
-def mixture(posteriors: Sequence[NetworkPosterior], weights: Sequence[float] | Tensor | None = None, by_evidence: bool = False) -> Mixture:
+def mixture(posteriors: Sequence[WeightPosterior], weights: Sequence[float] | Tensor | None = None, by_evidence: bool = False) -> Mixture:
     """A mixture of Laplace approximations: the modes that training from several starts found, each with its Gaussian.
 
         p(y|x) = Σ_k π_k p_k(y|x),   p_k(y|x) = ∫ p(y|f) N(f; m_k(x), Σ_k(x)) df
@@ -48,8 +48,8 @@ def mixture(posteriors: Sequence[NetworkPosterior], weights: Sequence[float] | T
     if not posteriors:
         raise ValueError("posteriors is empty; a mixture needs at least one.")
     for i, p in enumerate(posteriors):
-        if not isinstance(p, NetworkPosterior):
-            raise TypeError(f"posteriors[{i}] is a {type(p).__name__}; expected posteriors, as bgn.laplace gives them.")
+        if not isinstance(p, WeightPosterior):
+            raise TypeError(f"posteriors[{i}] is a {type(p).__name__}; expected posteriors of networks, as bgn.laplace gives them.")
     kinds = sorted({type(p.likelihood).__name__ for p in posteriors})
     if len(kinds) > 1:
         raise ValueError(f"the posteriors have likelihoods {kinds}; a mixture is about one kind of target.")
@@ -87,7 +87,7 @@ class Mixture:
         (torch.Size([20, 2]), torch.Size([10, 20, 2]))
     """
 
-    def __init__(self, posteriors: list[NetworkPosterior], log_weights: Tensor) -> None:
+    def __init__(self, posteriors: list[WeightPosterior], log_weights: Tensor) -> None:
         self.posteriors, self.log_weights = posteriors, log_weights
 
     @property

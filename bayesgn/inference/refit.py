@@ -1,4 +1,4 @@
-"""Hyper-parameters that H does not scale with: tuned in turns with refits of H."""
+"""Hyper-parameters in turns: with refits of H where H does not scale with them, with turns of a rule where the belief is made of sites."""
 
 from __future__ import annotations
 
@@ -11,14 +11,28 @@ from torch import Tensor
 
 from bayesgn import _data
 from bayesgn.inference.ascent import maximize
-from bayesgn.inference.evidence import Trace, in_double, over_one_curvature, read, tunable, write
+from bayesgn.inference.evidence import (
+    Trace,
+    in_double,
+    limits,
+    over_one_curvature,
+    read,
+    tunable,
+    warn_of_bounds,
+    write,
+)
+from bayesgn.inference.fixed_point import settle
 from bayesgn.likelihoods.predictives import nodes_of
+from bayesgn.models.linearized import LinearizedPosterior
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.stream import Stream
+from bayesgn.rules import Laplace, Sites
 
 logger = logging.getLogger("bayesgn.inference")
 
 ROUNDS = 50
+TURNS, SETTLED = 50, 1e-7  # of a rule at one set of hyper-parameters: at most so many, until no mean moves by more standard deviations
+FEW, STEP, ACCURACY = 8, 1e-3, 1e-9  # hyper-parameters that are differenced, by this much of a log unit; accuracy of the evidence, relative
 RAW_BOUND = 25.0  # of a raw (log) parameter: e^25 = 7e10
 NODES = 2**16  # quadrature nodes × data evaluated at once
 
@@ -70,6 +84,71 @@ def alternate(
             break
     logger.info("%s after %d steps", trace.reason, trace.steps)
     return trace
+
+
+def maximize_settled(
+    posterior: LinearizedPosterior, steps: int, prior: bool, noise: bool, tol: float, bounds, noise_bounds, progress: bool | None
+) -> Trace:
+    """``maximize_evidence`` of a linearised network with sites: the evidence at the fixed point of the rule, by L-BFGS in log hyper-parameters.
+
+    Raises:
+        ValueError: for an approximate structure under a rule whose energy is not bounded above with it (power EP, …), or nothing to tune.
+    """
+    if not (posterior.curvature.exact or posterior.rule.bound or isinstance(posterior.rule, Laplace)):
+        raise ValueError(
+            f"the energy of {posterior.rule!r} takes sites and variances that belong together; with those of {posterior.structure} it may grow "
+            "without end. Tune with an exact structure (ggn.Full, ggn.Gram) or under rules.Variational()."
+        )
+    parameters = tunable(posterior, prior, noise)
+    if not parameters:
+        raise ValueError("there is nothing to tune: all hyper-parameters are frozen (requires_grad_(False)) or excluded by prior=False, noise=False.")
+    trace = Trace()
+    with in_double(parameters):
+        search = _Settled(posterior, parameters, trace)
+        lower, upper = limits(posterior, parameters, bounds, noise_bounds)
+        try:
+            start = read(parameters)
+            _, trace.reason, trace.converged = maximize(search, start, lower, upper, steps, tol, search.accept, progress, noise=ACCURACY)
+        finally:  # also after an interrupt: the best so far
+            if search.best is not None:
+                write(parameters, search.best[0])
+                posterior.sites = search.best[1]
+    warn_of_bounds(posterior, parameters, trace, lower, upper, bounds, noise_bounds)
+    return trace
+
+
+class _Settled:
+    """log p(y) at z with the sites at their fixed point, and its slope: by central differences of just that where there are few
+    hyper-parameters, else at fixed sites (which is the same where the evidence is stationary in them, as for VI with the exact curvature)."""
+
+    def __init__(self, posterior: LinearizedPosterior, parameters: list[torch.nn.Parameter], trace: Trace) -> None:
+        self.posterior, self.parameters, self.trace = posterior, parameters, trace
+        self.best: tuple[np.ndarray, Sites, float] | None = None
+        self.last = posterior.sites
+
+    def value(self, z: np.ndarray, sites: Sites) -> tuple[float, LinearizedPosterior]:
+        write(self.parameters, z)
+        settled = settle(self.posterior.with_sites(sites), SETTLED, TURNS).posterior
+        with torch.no_grad():
+            return settled.log_evidence().item(), settled
+
+    def __call__(self, z: np.ndarray) -> tuple[float, np.ndarray, None]:
+        value, settled = self.value(z, self.posterior.sites if self.best is None else self.best[1])
+        self.last = settled.sites
+        if len(z) > FEW:
+            with torch.enable_grad():
+                found = torch.autograd.grad(settled.log_evidence(), self.parameters, allow_unused=True, materialize_grads=True)
+            return value, np.concatenate([g.double().cpu().numpy().reshape(-1) for g in found]), None
+        slope = [(self.value(z + h, self.last)[0] - self.value(z - h, self.last)[0]) / (2 * STEP) for h in STEP * np.eye(len(z))]
+        write(self.parameters, z)
+        return value, np.array(slope), None
+
+    def accept(self, point: tuple[np.ndarray, float]) -> None:
+        """The last evaluation is a step taken."""
+        z, value = point
+        self.best = z.copy(), self.last, value
+        write(self.parameters, z)
+        self.trace.note(self.posterior, value)
 
 
 def refit(posterior: NetworkPosterior, data: Any) -> None:

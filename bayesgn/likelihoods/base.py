@@ -53,6 +53,10 @@ class Likelihood(nn.Module, ABC):
     def target_shape(self, f: Tensor) -> torch.Size:
         """The shape of the y that belongs to f, fully written: [...] for labels, [... d] for vectors."""
 
+    def latents_for(self, d: int) -> int | None:
+        """Latents that a row with d targets needs; None where d does not tell (a `Categorical` has one for each class)."""
+        return None
+
     def targets(self, f: Tensor, y: Tensor) -> Tensor:
         """y in its full shape: a trailing dimension of one may be left out or added, nothing is ever broadcast."""
         shape = tuple(self.target_shape(f))
@@ -61,8 +65,17 @@ class Likelihood(nn.Module, ABC):
         if y.shape == (*shape, 1) or (shape and shape[-1] == 1 and tuple(y.shape) == shape[:-1]):
             return y.reshape(shape)
         short = f" (or {list(shape[:-1])})" if shape and shape[-1] == 1 else ""
+        d = y.shape[-1] if y.ndim == f.ndim else 1
+        needed = self.latents_for(d) if y.shape[: f.ndim - 1] == f.shape[:-1] and y.ndim <= f.ndim else None
+        advice = "reshape y, or look at rows(output) if the net's classes are not in the last dimension"
+        if needed is not None and needed != f.shape[-1]:
+            advice = f"reshape y; y with {d} target{'s' * (d > 1)} a row needs {needed} latent{'s' * (needed > 1)}: {_latents(needed)}"
         raise ValueError(f"{type(self).__name__}: y has shape {list(y.shape)} but f has shape {list(f.shape)}, for which y should be "
-                         f"{list(shape)}{short}; reshape y, or look at rows(output) if the net's classes are not in the last dimension")
+                         f"{list(shape)}{short}; {advice}")
+
+    def _refuse_latents(self, f: Tensor, what: str, needed: int, rule: str):
+        """Raises for a number of latents that fits no y."""
+        raise ValueError(f"{type(self).__name__}: f has shape {list(f.shape)}, {what}; {type(self).__name__} needs {rule}: {_latents(needed)}")
 
     # --- checks ---------------------------------------------------------------------------------------------------------------------
     def validate(self, f: Tensor, y: Tensor) -> None:
@@ -78,9 +91,13 @@ class Likelihood(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__}: f has {int(bad.sum())} NaN or infinite values, the first in row {row}: "
                              f"{f.reshape(-1, f.shape[-1])[row].tolist()[:8]}; look for NaN in the inputs or a diverged net")
         self._validate_targets(f, y)
+        self._suspect(f)
+
+    def _suspect(self, f: Tensor) -> None:
+        """Warns where the values of f look like those of a net that did more than it should."""
 
     def validate_targets(self, f: Tensor, y: Tensor) -> None:
-        """:meth:`validate` for y alone; of f only the shape counts."""
+        """:meth:`validate` for y alone; of f only the shape counts, so a model can check its data before it has an f."""
         y = self.targets(f, y)
         if y.device.type != "meta":
             self._validate_targets(f, y)
@@ -88,6 +105,9 @@ class Likelihood(nn.Module, ABC):
     @abstractmethod
     def _validate_targets(self, f: Tensor, y: Tensor) -> None:
         """The values of y, already in its full shape."""
+
+    def _refuse_infinite(self, y: Tensor) -> None:
+        self._refuse(y, y.isinf(), "targets must be finite (NaN marks a missing one)", "clean the data or mark such targets as NaN")
 
     def _refuse(self, y: Tensor, bad: Tensor, expected: str, advice: str) -> None:
         """Raises on the entries of y marked bad, showing the first."""
@@ -127,10 +147,10 @@ class Likelihood(nn.Module, ABC):
 
     @abstractmethod
     def moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance of (each entry of) y given f; labels count as one-hot vectors."""
+        """Mean and variance of (each entry of) y given f; labels count as one-hot vectors, levels as numbers."""
 
     def response(self, f: Tensor, y: Tensor) -> Tensor:
-        """y as the vector [... d] that :meth:`conditional_moments` are about: labels one-hot, NaN where missing."""
+        """y as the vector [... d] that :meth:`conditional_moments` are about: labels one-hot, levels as numbers, NaN where missing."""
         return self.targets(f, y).to(f)
 
     def conditional_moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,6 +242,9 @@ class Elementwise(Likelihood):
     def target_shape(self, f):
         return f.shape
 
+    def latents_for(self, d):
+        return d
+
     def _observed(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         y = self.targets(f, y)
         observed = ~y.isnan()
@@ -300,11 +323,20 @@ class Positive:
                 old.copy_(value.log())
 
 
-def _as_parameter(value: float | Tensor) -> Tensor:
+def _as_parameter(value: float | list | Tensor) -> Tensor:
     """A parameter's value: a floating tensor in its own dtype, a plain number in float64 (rounding 0.1 to float32 costs 1e-8)."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach()
     return torch.as_tensor(value, dtype=torch.float64).detach()
+
+
+def _constant(value: float | list | Tensor) -> Tensor:
+    """A buffer's value: as `_as_parameter`, in memory of its own."""
+    return _as_parameter(value).clone()
+
+
+def _latents(needed: int) -> str:
+    return f"{needed} kernel{'s' * (needed > 1)} for a Gaussian process, {needed} output{'s' * (needed > 1)} for a net"
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:

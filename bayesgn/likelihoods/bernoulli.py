@@ -7,8 +7,8 @@ import warnings
 import torch
 import torch.distributions as td
 
-from .base import Elementwise, _rand
-from .links import Link, Logit
+from .base import Elementwise, Integrals, _rand
+from .links import BinaryLink, Logit, NormCDF
 from .predictives import PerRow
 
 __all__ = ["Bernoulli"]
@@ -34,15 +34,17 @@ class Bernoulli(Elementwise):
     Source: Rasmussen & Williams (2006), section 3.3.
     """
 
-    def __init__(self, link: Link | None = None):
+    def __init__(self, link: BinaryLink | None = None):
         super().__init__()
         self.link = Logit() if link is None else link
-        if not isinstance(self.link, Link):
+        if not isinstance(self.link, BinaryLink):
             raise TypeError(f"Bernoulli: link is {link!r} but should be Logit() or NormCDF(), the latter for probit regression")
 
     def _validate_targets(self, f, y):
         self._refuse(y, (y != 0) & (y != 1) & ~y.isnan(), "labels are 0 or 1 (NaN: missing)",
                      "encode labels as 0/1, or use Categorical() for several exclusive classes")
+
+    def _suspect(self, f):
         if f.numel() >= 16 and bool(((f >= 0) & (f <= 1)).all()):
             warnings.warn(f"Bernoulli: all {f.numel()} latent values lie in [0, 1] (first {[round(v, 4) for v in f.flatten()[:4].tolist()]}), so "
                           "the net's output seems to have passed a sigmoid already; logits are expected: take the sigmoid out of the net, "
@@ -69,6 +71,18 @@ class Bernoulli(Elementwise):
     def moments(self, f):
         p, q = self.link.log(f).exp(), self.link.log(-f).exp()
         return p, p * q
+
+    def tilted(self, mean, cov, y, power):
+        # E[Φ(s f)] = Φ(s m / √(1 + v)), s = ±1: in closed form for one label and α = 1.
+        if mean.shape[-1] > 1 or power != 1 or not isinstance(self.link, NormCDF):
+            return None
+        observed, y = self._observed(mean, y)
+        v = cov[..., 0]
+        s, width = 2 * y - 1, (1 + v).sqrt()
+        z = s * mean / width
+        keep = lambda values: self._only_observed(values, observed)
+        gradient, bend = keep(s * self.link.slope(z) / width), keep(self.link.bend(z) / width.square())
+        return Integrals(keep(self.link.log(z)).sum(-1), gradient, bend.unsqueeze(-1), keep(self.link.tilted_fisher(s * mean, v)).unsqueeze(-1))
 
     def predict(self, mean, cov):
         variance = cov.diagonal(dim1=-2, dim2=-1)

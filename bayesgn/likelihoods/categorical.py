@@ -8,7 +8,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from .base import Likelihood, _like
+from .base import Likelihood, _constant, _like
 from .predictives import Predictive, Probit
 
 __all__ = ["Categorical"]
@@ -44,7 +44,7 @@ class Categorical(Likelihood):
                  predictive: Predictive | None = None):
         super().__init__()
         if weight is not None:
-            weight = torch.as_tensor(weight, dtype=torch.get_default_dtype()) if not isinstance(weight, Tensor) else weight.detach().clone()
+            weight = _constant(weight)
             if weight.ndim != 1 or not bool(((weight >= 0) & weight.isfinite()).all()):
                 raise ValueError(f"Categorical: weight must be one nonnegative number for each class, [c], but is {weight.tolist()}")
         if not 0 <= label_smoothing < 1:
@@ -65,6 +65,9 @@ class Categorical(Likelihood):
         return output.movedim(self.class_dim, -1)
 
     def target_shape(self, f):
+        if f.ndim < 1 or f.shape[-1] < 2:
+            raise ValueError(f"Categorical: f has shape {list(f.shape)}, a single class; use Bernoulli() for one logit, one latent for each "
+                             f"class (a Gaussian process: one kernel each), or class_dim if the classes are not in dimension {self.class_dim}")
         return f.shape[:-1]
 
     def targets(self, f, y):
@@ -76,12 +79,6 @@ class Categorical(Likelihood):
                              "one-hot vectors: use y.argmax(-1), or label_smoothing for soft targets")
         return super().targets(f, y)
 
-    def validate(self, f, y):
-        if f.ndim < 1 or f.shape[-1] < 2:
-            raise ValueError(f"Categorical: f has shape {list(f.shape)}, a single class; use Bernoulli() for one logit, "
-                             f"or class_dim if the classes are not in dimension {self.class_dim}")
-        super().validate(f, y)
-
     def _validate_targets(self, f, y):
         if y.is_floating_point() or y.is_complex():
             raise TypeError(f"Categorical: y has dtype {y.dtype} (first value {y.flatten()[0].item() if y.numel() else None}) but class labels "
@@ -90,6 +87,9 @@ class Categorical(Likelihood):
         y = y.long()
         self._refuse(y, ((y < 0) | (y >= c)) & (y != self.ignore_index), f"f has {c} classes, so labels run from 0 to {c - 1}",
                      f"count classes from 0, or mark rows to leave out by ignore_index={self.ignore_index}")
+
+    def _suspect(self, f):
+        c = f.shape[-1]
         if f.numel() and bool((f >= 0).all()) and bool(((f.sum(-1) - 1).abs() < 1e-3).all()):
             warnings.warn("Categorical: every row of f is nonnegative and sums to 1, so the net's output seems to be softmaxed already; "
                           f"logits are expected (first row {[round(v, 4) for v in f.reshape(-1, c)[0].tolist()[:8]]}): "
@@ -158,6 +158,16 @@ class Categorical(Likelihood):
     def moments(self, f):
         p = f.softmax(-1)
         return p, p * (1 - p)
+
+    def response(self, f, y):
+        """One-hot rows [... c], NaN where the label is missing."""
+        observed, y = self._observed(f, y)
+        return torch.where(observed.unsqueeze(-1), torch.zeros_like(f).scatter(-1, y.unsqueeze(-1), 1.0), torch.nan)
+
+    def conditional_moments(self, f):
+        """p and diag p − p pᵀ, of rank c − 1."""
+        p = f.softmax(-1)
+        return p, torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
 
     def predict(self, mean, cov):
         return self.predictive(mean, cov)

@@ -6,13 +6,13 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from .base import Elementwise, Integrals, Positive, _like
+from .base import Elementwise, Integrals, Positive, _constant, _like
 
-__all__ = ["NegativeBinomial", "Poisson"]
+__all__ = ["Counts", "NegativeBinomial", "Poisson", "draw_negative_binomial"]
 
 
-class _Counts(Elementwise):
-    """What both count families share: the targets."""
+class Counts(Elementwise):
+    """What families of counts share: the targets."""
 
     def _validate_targets(self, f, y):
         bad = ~y.isnan() & ((y < 0) | (y != y.round()) | y.isinf())
@@ -20,7 +20,7 @@ class _Counts(Elementwise):
                      "use Gaussian() or Gamma() for continuous targets, and Poisson(exposure=…) rather than dividing counts")
 
 
-class Poisson(_Counts):
+class Poisson(Counts):
     """y ∈ {0, 1, 2 …} with rate exposure · e^f, each output by itself.
 
     With η = f + log exposure:   log p = y η − e^η − log y!,   ∂ = y − e^η,   Λ = e^η for the Hessian and the GGN alike.
@@ -40,8 +40,7 @@ class Poisson(_Counts):
 
     def __init__(self, exposure: float | Tensor = 1.0):
         super().__init__()
-        exposure = torch.as_tensor(exposure)
-        exposure = exposure if exposure.is_floating_point() else exposure.to(torch.get_default_dtype())
+        exposure = _constant(exposure)
         if not bool(((exposure > 0) & exposure.isfinite()).all()):
             raise ValueError(f"Poisson: exposure must be positive and finite but is {exposure.tolist()}")
         self.register_buffer("exposure", exposure)
@@ -86,7 +85,7 @@ class Poisson(_Counts):
         return {"exposure": self.exposure}
 
 
-class NegativeBinomial(_Counts):
+class NegativeBinomial(Counts):
     """Counts with mean μ = e^f and variance μ + μ² / concentration: Poisson with a Gamma-distributed rate, each output by itself.
 
     With z = f − log r, r = concentration, σ the logistic function:
@@ -133,9 +132,7 @@ class NegativeBinomial(_Counts):
         return td.NegativeBinomial, {"total_count": _like(self.concentration, f).expand_as(f), "logits": self._z(f)}
 
     def sample(self, f, generator=None):
-        r = _like(self.concentration, f).expand_as(f)
-        rate = torch._standard_gamma(r.to(generator.device if generator else f.device), generator=generator).to(f.device) * self._z(f).exp()
-        return torch.poisson(rate if generator is None else rate.to(generator.device), generator=generator).to(f.device)
+        return draw_negative_binomial(_like(self.concentration, f).expand_as(f), self._z(f).exp(), generator)
 
     def moments(self, f):
         mean = f.exp()
@@ -143,3 +140,9 @@ class NegativeBinomial(_Counts):
 
     def arguments(self):
         return {"concentration": self.concentration.detach()}
+
+
+def draw_negative_binomial(r: Tensor, odds: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Counts with mean r · odds: Poisson with a Gamma(r)-distributed rate."""
+    rate = torch._standard_gamma(r.to(generator.device if generator else r.device), generator=generator).to(r.device) * odds
+    return torch.poisson(rate if generator is None else rate.to(generator.device), generator=generator).to(r.device)

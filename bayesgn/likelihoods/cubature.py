@@ -16,7 +16,13 @@ __all__ = ["Cubature", "GaussHermite", "MonteCarloCubature", "Unscented", "cubat
 
 
 class Cubature(ABC):
-    """Nodes f_q and weights w_q with E[h(f)] ≈ Σ_q w_q h(f_q) for f ~ N(mean, cov)."""
+    """Nodes f_q and weights w_q with E[h(f)] ≈ Σ_q w_q h(f_q) for f ~ N(mean, cov).
+
+    Attributes:
+        shift [q n]: the logarithm of a further weight for each datum, where the nodes stand elsewhere than the Gaussian; None for zero.
+    """
+
+    shift: Tensor | None = None
 
     @abstractmethod
     def standard(self, c: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,6 +37,10 @@ class Cubature(ABC):
         """Nodes [q n c], f_q = mean + L z_q with L Lᵀ = cov, and weights [q]; mean [n c], cov [n c c], of any rank."""
         z, w = self.unit(mean)
         return mean + torch.einsum("qj,...ij->q...i", z, root(cov)), w
+
+    def rows(self, index) -> Cubature:
+        """The rule for some of the data."""
+        return self
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in sorted(vars(self).items()))})"
@@ -57,15 +67,22 @@ class GaussHermite(Cubature):
 
 
 class Unscented(Cubature):
-    """Few nodes for many latents: exact for polynomials of total degree 3 (2c nodes) or 5 (2c² + 1 nodes).
+    """Few nodes for many latents, exact for polynomials of a total degree; every weight is positive.
 
-    For more than four latents some weights of order 5 are negative: expectations of positive functions may then come out negative.
+    | order | latents | nodes | |
+    |---|---|---|---|
+    | 3 | any | 2c | the axes at ±√c: the cubature Kalman filter's |
+    | 5 | 1–4 | 2c² + 1 | the centre, the axes at ±√3 and their pairs |
+    | 5 | from 5 | 2c + 2ᵏ | the axes at ±√(c/2 + 1), and 2ᵏ of the corners ±√((c + 2)/(c − 2)) in which any five signs are balanced |
 
-    Source: McNamee and Stenger (1967), "Construction of fully symmetric numerical integration formulas"; Kokkala, Solin and Särkkä (2016).
+    The centre-axes-pairs rule has negative weights from five latents on, which can turn the expectation of a positive function negative.
 
     Example:
         >>> Unscented(order=5)(torch.zeros(1, 4), torch.eye(4)[None])[0].shape
         torch.Size([33, 1, 4])
+
+    Source: Arasaratnam and Haykin (2009), "Cubature Kalman filters"; McNamee and Stenger (1967), "Construction of fully symmetric numerical
+    integration formulas"; Stroud (1971), "Approximate calculation of multiple integrals", axes and corners, here with a fraction of the corners.
     """
 
     def __init__(self, order: int = 5) -> None:
@@ -74,6 +91,8 @@ class Unscented(Cubature):
         self.order = order
 
     def standard(self, c: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.order == 5 and c > 32:
+            raise ValueError(f"Unscented(order=5) is for up to 32 latents, here are {c}; use MonteCarloCubature(1024) or Unscented(order=3)")
         return _unscented(self.order, c)
 
 
@@ -81,7 +100,13 @@ class MonteCarloCubature(Cubature):
     """Draws by a seed of their own: the same nodes at every call, so that a fixed point exists.
 
     Args:
-        samples: nodes; antithetic pairs, so that odd moments vanish.
+        samples: nodes, in antithetic pairs so that odd moments vanish; scaled so that the covariance is exact where there are enough of them.
+        seed: another one gives other nodes.
+
+    Example:
+        >>> nodes, w = MonteCarloCubature(64)(torch.zeros(1, 1), torch.ones(1, 1, 1))
+        >>> round((w @ nodes.flatten() ** 2).item(), 4)  # E[f²] = 1
+        1.0
     """
 
     def __init__(self, samples: int = 128, seed: int = 0) -> None:
@@ -91,18 +116,23 @@ class MonteCarloCubature(Cubature):
 
     def standard(self, c: int) -> tuple[np.ndarray, np.ndarray]:
         z = np.random.default_rng(self.seed).standard_normal((self.samples // 2, c))
+        if len(z) >= c:
+            z = np.linalg.solve(np.linalg.cholesky(z.T @ z / len(z)), z.T).T
         return np.concatenate([z, -z]), np.full(self.samples, 1 / self.samples)
 
 
 def cubature_for(c: int) -> Cubature:
-    """The rule taken where none is given: Gauss-Hermite up to three latents, the fifth-order unscented rule beyond."""
-    return GaussHermite({1: 20, 2: 20, 3: 10}[c]) if c <= 3 else Unscented(5)
+    """The rule taken where none is given: Gauss-Hermite up to three latents, fifth-order unscented up to 16, Monte Carlo beyond."""
+    if c <= 3:
+        return GaussHermite({1: 20, 2: 20, 3: 10}[c])
+    return Unscented(5) if c <= 16 else MonteCarloCubature(1024)
 
 
 def root(cov: Tensor) -> Tensor:
     """L [... c c] with L Lᵀ = cov, a Cholesky factor where there is one."""
     if cov.shape[-1] == 1:
-        return cov.clamp_min(0).sqrt()
+        positive = cov > 0  # √ has no slope at 0: the gradient there is 0, not infinite
+        return torch.where(positive, torch.where(positive, cov, 1.0).sqrt(), 0.0)
     L, info = torch.linalg.cholesky_ex(cov)
     return psd_root(cov) if cov.device.type != "meta" and bool(info.any()) else L
 
@@ -119,7 +149,31 @@ def _unscented(order: int, c: int) -> tuple[np.ndarray, np.ndarray]:
     eye = np.eye(c)
     if order == 3:
         return np.concatenate([eye, -eye]) * c**0.5, np.full(2 * c, 0.5 / c)
+    if c > 4:
+        # Weights 4/(c+2)² on the axes and ((c−2)/(c+2))² on all corners match E z² = 1, E z⁴ = 3 and E z_i² z_j² = 1.
+        corners = _balanced_signs(c)
+        nodes = np.concatenate([eye * (c / 2 + 1) ** 0.5, -eye * (c / 2 + 1) ** 0.5, corners * ((c + 2) / (c - 2)) ** 0.5])
+        return nodes, np.concatenate([np.full(2 * c, 4 / (c + 2) ** 2), np.full(len(corners), ((c - 2) / (c + 2)) ** 2 / len(corners))])
     pairs = [s * eye[i] + t * eye[j] for i, j in combinations(range(c), 2) for s, t in product((1, -1), repeat=2)]
     nodes = np.concatenate([np.zeros((1, c)), eye, -eye, np.array(pairs).reshape(-1, c)]) * 3**0.5
     centre, axis, diagonal = (c * c - 7 * c + 18) / 18, (4 - c) / 18, 1 / 36
     return nodes, np.concatenate([[centre], np.full(2 * c, axis), np.full(len(pairs), diagonal)])
+
+
+def _balanced_signs(c: int) -> np.ndarray:
+    """As few corners of the cube [2ᵏ c] as a fractional factorial needs so that all products of one to five different signs average to zero.
+
+    The sign of a factor is the parity of its word with the run's number; no one to five words may cancel.
+    """
+    for k in range(5, c + 1):
+        words: list[int] = []
+        sums: list[set[int]] = [{0}, set(), set(), set(), set()]  # of so many words; a new word may be none of them
+        for word in [*(1 << i for i in range(k)), *range(1, 1 << k)]:
+            if len(words) < c and not any(word in s for s in sums):
+                for size in (4, 3, 2, 1):
+                    sums[size] |= {s ^ word for s in sums[size - 1]}
+                words.append(word)
+        if len(words) == c:
+            parity = np.array([[(run & word).bit_count() & 1 for word in words] for run in range(1 << k)])
+            return 1.0 - 2.0 * parity
+    raise AssertionError("all corners always serve")

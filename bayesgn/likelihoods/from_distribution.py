@@ -7,12 +7,17 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Independent, Laplace, kl_divergence
 
 from .base import Likelihood
 from .predictives import PerRow
 
 __all__ = ["FromDistribution"]
+
+
+def _class_probabilities(p: Distribution) -> Tensor | None:
+    """[... c] of a Categorical, whose y is a label and no number; None otherwise."""
+    return p.probs if isinstance(p, torch.distributions.Categorical) else None
 
 log = logging.getLogger("bayesgn")
 
@@ -68,8 +73,13 @@ class FromDistribution(Likelihood):
         return p.batch_shape + p.event_shape
 
     def _validate_targets(self, f, y):
+        self._refuse_infinite(y)
         missing = y.isnan()
-        support = self._outputs(f).support
+        p = self._outputs(f)
+        try:
+            support = p.support
+        except NotImplementedError:
+            return
         if support is None:
             return
         ok = support.check(torch.where(missing, self._draw(f, 0), y) if bool(missing.any()) else y)
@@ -137,11 +147,13 @@ class FromDistribution(Likelihood):
                 return self._from_scores(p, support, f)
         rows = f.ndim - 1
         try:
+            if isinstance(p.base_dist if isinstance(p, Independent) else p, Laplace):
+                raise NotImplementedError                                # its KL has a kink where p_f' = p_f: autodiff finds no curvature there
             with torch.no_grad():
                 kl_divergence(p, p)
         except NotImplementedError:
             self._tell(logging.WARNING, "sample", f"Monte Carlo with {self.samples} draws, approximate: {type(p).__name__} has neither finite "
-                       "support nor a registered KL divergence; register one by torch.distributions.kl.register_kl for an exact GGN")
+                       "support nor a smooth registered KL divergence; register one by torch.distributions.kl.register_kl for an exact GGN")
             y = self._draw(f, 0, (self.samples,))
             score = self._derive(lambda x: self._log_prob(x, y), f.expand(self.samples, *f.shape), 1)
             return torch.einsum("s...i,s...j->...ij", score, score) / self.samples
@@ -176,7 +188,36 @@ class FromDistribution(Likelihood):
 
     def moments(self, f):
         p = self._outputs(f)
+        probs = _class_probabilities(p)
+        if probs is not None:
+            return probs, probs * (1 - probs)
         return p.mean, p.variance
+
+    def response(self, f, y):
+        """y as [... d]: a single number gets a dimension, a Categorical's label becomes one-hot."""
+        observed, y = self._observed(f, y)
+        p = self._outputs(f)
+        probs = _class_probabilities(p)
+        if probs is not None and len(p.batch_shape) < f.ndim:
+            y = torch.nn.functional.one_hot(y.long(), probs.shape[-1])
+        y = y.reshape(*f.shape[:-1], -1).to(f)
+        return torch.where(observed.unsqueeze(-1), y, torch.nan)
+
+    def conditional_moments(self, f):
+        p = self._outputs(f)
+        rows = f.shape[:-1]
+        probs = _class_probabilities(p)
+        if probs is not None and p.batch_shape == rows:
+            return probs, torch.diag_embed(probs) - probs.unsqueeze(-1) * probs.unsqueeze(-2)
+        if probs is not None or len(p.event_shape) > 1:
+            raise NotImplementedError(f"FromDistribution: no covariance of y under {p}; a vector of numbers for each row, or one label, has one")
+        if p.batch_shape == rows and p.event_shape and not isinstance(p, Independent):
+            cov = getattr(p, "covariance_matrix", None)
+            if cov is None:
+                raise NotImplementedError(f"FromDistribution: {type(p).__name__} has no covariance_matrix, which E and Cov of y given f need; "
+                                          "give the distribution such a property")
+            return p.mean, cov
+        return p.mean.reshape(*rows, -1), torch.diag_embed(p.variance.reshape(*rows, -1))
 
     def arguments(self):
         return {"function": self.function, "samples": self.samples}

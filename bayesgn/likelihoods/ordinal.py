@@ -7,7 +7,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from .base import Likelihood, _like
+from .base import Likelihood, _as_parameter, _like
 from .links import logistic_normal
 
 __all__ = ["Ordinal"]
@@ -37,10 +37,8 @@ class Ordinal(Likelihood):
         if isinstance(cutpoints, int):
             if cutpoints < 2:
                 raise ValueError(f"Ordinal: {cutpoints} levels leave nothing to learn; give at least 2, or the cutpoints themselves")
-            p = torch.arange(1, cutpoints) / cutpoints
-            cutpoints = torch.logit(p)
-        cutpoints = torch.as_tensor(cutpoints).detach()
-        cutpoints = cutpoints if cutpoints.is_floating_point() else cutpoints.to(torch.get_default_dtype())
+            cutpoints = torch.logit(torch.arange(1, cutpoints, dtype=torch.float64) / cutpoints)
+        cutpoints = _as_parameter(cutpoints)
         if cutpoints.ndim != 1 or len(cutpoints) < 1 or not bool((cutpoints.diff() > 0).all()) or not bool(cutpoints.isfinite().all()):
             raise ValueError(f"Ordinal: cutpoints must increase strictly, one less than there are levels, but are {cutpoints.tolist()}")
         self.first = nn.Parameter(cutpoints[0].clone())
@@ -55,7 +53,7 @@ class Ordinal(Likelihood):
     def _check_width(self, f):
         if f.shape[-1] != 1:
             raise ValueError(f"Ordinal: f has shape {list(f.shape)} but levels are cut from one latent, [... 1]; "
-                             "give the net one output, or use Categorical() for unordered classes")
+                             "give the net one output (a Gaussian process one kernel), or use Categorical() for unordered classes")
 
     def target_shape(self, f):
         self._check_width(f)
@@ -120,6 +118,18 @@ class Ordinal(Likelihood):
         k = torch.arange(p.shape[-1], dtype=f.dtype, device=f.device)
         mean = p @ k
         return mean, (p * (k - mean.unsqueeze(-1)).square()).sum(-1)
+
+    def latents_for(self, d):
+        return 1
+
+    def response(self, f, y):
+        """The level as a number [... 1], NaN where it is missing."""
+        observed, y = self._observed(f, y)
+        return torch.where(observed, y.to(f.dtype), torch.nan).unsqueeze(-1)
+
+    def conditional_moments(self, f):
+        mean, variance = self.moments(f)
+        return mean.unsqueeze(-1), variance[..., None, None]
 
     def predict(self, mean, cov):
         self._check_width(mean)

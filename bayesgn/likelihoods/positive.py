@@ -7,7 +7,7 @@ import torch.distributions as td
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import Elementwise, Positive, _like
+from .base import Elementwise, Integrals, Positive, _like
 
 __all__ = ["Beta", "Gamma"]
 
@@ -58,6 +58,15 @@ class Gamma(Elementwise):
     def _family(self, f):
         a = _like(self.concentration, f)
         return td.Gamma, {"concentration": a.expand_as(f), "rate": a * (-f).exp()}
+
+    def expected(self, mean, cov, y):
+        # E[e^−f] = e^{−E f + ½ var f} for each output by itself
+        observed, y = self._observed(mean, y)
+        a = _like(self.concentration, mean)
+        ratio = y * (-mean + 0.5 * cov.diagonal(dim1=-2, dim2=-1)).exp()
+        value = a * a.log() - a * mean + (a - 1) * y.log() - a * ratio - torch.lgamma(a)
+        keep = lambda values: self._only_observed(values, observed)
+        return Integrals(keep(value).sum(-1), keep(a * (ratio - 1)), torch.diag_embed(keep(a * ratio)), torch.diag_embed(keep(a.expand_as(mean))))
 
     def sample(self, f, generator=None):
         a = _like(self.concentration, f).expand_as(f)

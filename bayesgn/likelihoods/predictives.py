@@ -10,11 +10,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Dirichlet, Distribution, Independent, MixtureSameFamily
+from torch.distributions import Categorical, Dirichlet, Distribution, Independent, MixtureSameFamily, constraints
 
 from .._psd import psd_root
 
-__all__ = ["DirichletMatching", "LaplaceBridge", "MonteCarlo", "PerRow", "Predictive", "Probit", "mixture", "nodes_of", "scalar_nodes"]
+__all__ = ["ByLikelihood", "DirichletMatching", "LaplaceBridge", "MonteCarlo", "PerRow", "Predictive", "Probit", "mixture", "nodes_of", "regress",
+           "scalar_nodes"]
 
 log = logging.getLogger("bayesgn")
 
@@ -46,6 +47,48 @@ class PerRow(Independent):
         return self.base_dist.rate
 
 
+class ByLikelihood(Distribution):
+    """p(y | f) of a likelihood for which torch has no distribution: density, moments and draws are the likelihood's own."""
+
+    has_rsample = False
+    arg_constraints: dict = {}
+
+    def __init__(self, likelihood, f: Tensor):
+        self.likelihood, self.f = likelihood, f
+        batch = f.shape[:-1]
+        super().__init__(batch, likelihood.target_shape(f)[len(batch):], validate_args=False)
+
+    @property
+    def support(self):
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        return self.likelihood.moments(self.f)[0]
+
+    @property
+    def variance(self) -> Tensor:
+        return self.likelihood.moments(self.f)[1]
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        return self.likelihood.conditional_moments(self.f)[1]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        events = len(self.event_shape)
+        if events and (value.ndim < events or value.shape[-events:] != self.event_shape):
+            raise ValueError(f"y has shape {list(value.shape)} but each row of this distribution has shape {list(self.event_shape)}")
+        rows = torch.broadcast_shapes(value.shape[: value.ndim - events], self.batch_shape)
+        return self.likelihood.log_prob(self.f.expand(*rows, -1), value.expand(*rows, *self.event_shape))
+
+    def sample(self, sample_shape=torch.Size()):
+        with torch.no_grad():
+            return self.likelihood.sample(self.f.expand(*sample_shape, *self.f.shape))
+
+    def expand(self, batch_shape, _instance=None):
+        return ByLikelihood(self.likelihood, self.f.expand(*batch_shape, self.f.shape[-1]))
+
+
 def mixture(conditional: Distribution, log_weights: Tensor) -> MixtureSameFamily:
     """The mixture of a conditional with batch [... q] under log weights [... q], which keep nodes far in the tails (1e-30 is no zero)."""
     return MixtureSameFamily(Categorical(logits=log_weights, validate_args=False), conditional, validate_args=None)
@@ -74,6 +117,14 @@ def nodes_of(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
     z, log_w = (torch.as_tensor(t, device=mean.device, dtype=mean.dtype) for t in (z, log_w))
     S = psd_root(cov)                                                    # nodes  mean + S z,  S Sᵀ = cov of any rank
     return mean.unsqueeze(-2) + z @ S.mT, log_w.expand(*mean.shape[:-1], -1)
+
+
+def regress(cov: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The later latents given the first k of a Gaussian with cov [... c c]: A [... c−k k] and rest [... c−k c−k] with
+    f_later | f_first ~ N(m_later + A (f_first − m_first), rest)."""
+    A = cov[..., k:, :k] @ torch.linalg.pinv(cov[..., :k, :k], hermitian=True)
+    rest = cov[..., k:, k:] - A @ cov[..., :k, k:]
+    return A, 0.5 * (rest + rest.mT)
 
 
 def scalar_nodes(mean: Tensor, width: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:

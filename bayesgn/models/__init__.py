@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayesgn._extras import quiet_import
 from bayesgn.models.checkpoint import Checkpoint
+from bayesgn.models.linearized import LinearizedPosterior
 from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.posterior import Posterior, StalePosteriorError
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from bayesgn.models.gp import GP
     from bayesgn.models.gp_posterior import GaussianProcessPosterior
     from bayesgn.models.markov_gp import MarkovGP
+    from bayesgn.models.sparse_gp import SparseGP, inducing_points
+    from bayesgn.models.sparse_markov_gp import SparseMarkovGP
+    from bayesgn.models.spatio_temporal_gp import SpatioTemporalGP
+    from bayesgn.models.steady_state import SteadyStateGP
 
 # Gaussian processes bring gpytorch with them: imported when first asked for, so that a network costs nothing of it.
 _LATE = {
@@ -26,11 +31,17 @@ _LATE = {
     "GaussianProcess": "gaussian_process",
     "GaussianProcessPosterior": "gp_posterior",
     "MarkovGP": "markov_gp",
+    "SparseGP": "sparse_gp",
+    "SparseMarkovGP": "sparse_markov_gp",
+    "SteadyStateGP": "steady_state",
+    "SpatioTemporalGP": "spatio_temporal_gp",
+    "inducing_points": "sparse_gp",
 }
 
 __all__ = [
-    "GP", "Checkpoint", "GaussianProcess", "GaussianProcessPosterior", "MarkovGP", "Network", "NetworkPosterior", "Posterior",
-    "StalePosteriorError", "WeightPrior", "largest_variance", "last_layer", "magnitude", "named", "random_subset", "sde_kernels",
+    "GP", "Checkpoint", "GaussianProcess", "GaussianProcessPosterior", "LinearizedPosterior", "MarkovGP", "Network", "NetworkPosterior", "Posterior",
+    "SparseGP", "SparseMarkovGP", "SpatioTemporalGP", "StalePosteriorError", "SteadyStateGP", "WeightPrior", "inducing_points", "largest_variance",
+    "last_layer", "magnitude", "named", "random_subset", "sde_kernels",
 ]  # fmt: skip
 
 

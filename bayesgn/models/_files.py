@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +15,17 @@ from bayesgn._parameters import ParameterVector, unwrap
 from bayesgn.ggn import Structure
 from bayesgn.ggn.blocks import Block, find_blocks
 from bayesgn.ggn.linearization import Linearizer
+from bayesgn.models.linearized import LinearizedPosterior
+from bayesgn.models.linearized_data import LinearizedData
 from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.weight_posterior import WeightPosterior
 from bayesgn.models.weight_prior import WeightPrior
 
-KIND = "NetworkPosterior"
+KINDS = "NetworkPosterior", "LinearizedPosterior"
 
 
-def save(posterior: NetworkPosterior, path: str | Path) -> Path:
-    """See :meth:`NetworkPosterior.save`."""
+def save(posterior: WeightPosterior, path: str | Path) -> Path:
+    """See :meth:`WeightPosterior.save`."""
     posterior.check_fresh()
     header, tensors = model_header(posterior.linearizer, posterior.structure, posterior.rule, posterior.likelihood)
     header |= {
@@ -33,12 +37,16 @@ def save(posterior: NetworkPosterior, path: str | Path) -> Path:
         raise TypeError(f"the prior is a {type(posterior.prior).__name__}; only a WeightPrior can be saved.")
     if isinstance(posterior.prior.mean, dict):
         tensors |= {f"prior_mean.{k}": v for k, v in posterior.prior.mean.items()}
-    return _files.write(path, KIND, header, posterior.state_dict() | tensors)
+    if isinstance(posterior, LinearizedPosterior):
+        inputs: dict[str, Tensor] = {}
+        header["inputs"] = [_take_apart(x, f"x.{i}", inputs) for i, x in enumerate(posterior.data.x)]
+        tensors |= inputs | {f"y.{i}": y for i, y in enumerate(posterior.data.targets)}
+    return _files.write(path, type(posterior).__name__, header, posterior.state_dict() | tensors)
 
 
-def load(path: str | Path, net: nn.Module, likelihood=None) -> NetworkPosterior:
+def load(path: str | Path, net: nn.Module, likelihood=None) -> WeightPosterior:
     """See :func:`bayesgn.load`."""
-    header, tensors = _files.read(path, KIND)
+    header, tensors = _files.read(path, *KINDS)
     net = unwrap(net)
     try:
         check_net(header["net"], net, str(path))
@@ -49,20 +57,16 @@ def load(path: str | Path, net: nn.Module, likelihood=None) -> NetworkPosterior:
         )
         linearizer = Linearizer(net, vector, header["use_backpack"])
         linearizer.blocks = restore_blocks(header["blocks"], find_blocks(net, vector))
-        structure, rule = build(header["structure"], STRUCTURES), _rule(header["rule"])
-        likelihood = _likelihood(header["likelihood"], likelihood, str(path))
+        linearized = header["kind"] == KINDS[1]
+        structure, rule = build(header["structure"], STRUCTURES), build(header["rule"], RULES if linearized else {"Laplace": rules.Laplace})
+        likelihood = likelihood_from(header["likelihood"], likelihood, str(path))
         _load_state(likelihood, _files.section(tensors, "likelihood"), "likelihood")
         mean = header["prior"]["mean"]
         prior = WeightPrior(1.0, _files.section(tensors, "prior_mean") if mean is None else mean)
         prior.groups = header["prior"]["groups"]
         prior.log_precision = nn.Parameter(tensors["prior.log_precision"])
-        curvature = structure.start(linearizer.blocks, vector.flatten(net))
-        curvature.load(_files.section(tensors, "curvature"))
-        device = next(net.parameters()).device
-        statistics = {k: v.to(device) for k, v in _files.section(tensors, "statistics").items()}
-        posterior = NetworkPosterior(
-            linearizer, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), structure=structure
-        )
+        restore = _linearized if linearized else _laplace
+        posterior = restore(header, tensors, linearizer, structure, likelihood, prior, rule)
         for name, p in _hyperparameters(posterior).items():
             p.requires_grad_(name not in header["frozen"])
     except (KeyError, IndexError, AttributeError) as error:
@@ -73,7 +77,46 @@ def load(path: str | Path, net: nn.Module, likelihood=None) -> NetworkPosterior:
     return posterior
 
 
-def _hyperparameters(posterior: NetworkPosterior) -> dict[str, nn.Parameter]:
+def _laplace(header: dict, tensors: dict[str, Tensor], linearizer: Linearizer, structure, likelihood, prior, rule) -> NetworkPosterior:
+    like = linearizer.vector.flatten(linearizer.net)
+    curvature = structure.start(linearizer.blocks, like)
+    curvature.load(_files.section(tensors, "curvature"))
+    statistics = {k: v.to(like.device) for k, v in _files.section(tensors, "statistics").items()}
+    return NetworkPosterior(linearizer, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), structure=structure)
+
+
+def _linearized(header: dict, tensors: dict[str, Tensor], linearizer: Linearizer, structure, likelihood, prior, rule) -> LinearizedPosterior:
+    """J is made anew from the data in the file, H from J and the sites."""
+    data = [(_put_together(form, f"x.{i}", tensors), tensors[f"y.{i}"]) for i, form in enumerate(header["inputs"])]
+    memory = _files.section(tensors, "sites.memory")
+    saved = tensors["shift"], tensors["sites.nat1"], tensors["sites.nat2"], *(memory[str(i)] for i in range(len(memory)))
+    shift, nat1, nat2, *memory = (t.to(next(linearizer.net.parameters()).device) for t in saved)
+    seen, sites = LinearizedData(linearizer, likelihood, data), rules.Sites(nat1, nat2, tuple(memory))
+    return LinearizedPosterior(linearizer, structure, likelihood, prior, rule, seen, sites, shift)
+
+
+def _take_apart(x, name: str, tensors: dict[str, Tensor]):
+    """The form of an input (JSON), its tensors put into ``tensors`` by name."""
+    if isinstance(x, Tensor):
+        tensors[name] = x
+        return "tensor"
+    if isinstance(x, Mapping):
+        return {str(k): _take_apart(v, f"{name}.{k}", tensors) for k, v in x.items()}
+    if isinstance(x, (tuple, list)):
+        return [_take_apart(v, f"{name}.{i}", tensors) for i, v in enumerate(x)]
+    raise TypeError(f"an input holds a {type(x).__name__}; only tensors, and tuples and mappings of them, can be saved.")
+
+
+def _put_together(form, name: str, tensors: dict[str, Tensor]):
+    """The inverse of :func:`_take_apart`."""
+    if form == "tensor":
+        return tensors[name]
+    if isinstance(form, dict):
+        return {k: _put_together(v, f"{name}.{k}", tensors) for k, v in form.items()}
+    return tuple(_put_together(v, f"{name}.{i}", tensors) for i, v in enumerate(form))
+
+
+def _hyperparameters(posterior: WeightPosterior) -> dict[str, nn.Parameter]:
     return {
         **{f"prior.{k}": p for k, p in posterior.prior.named_parameters()},
         **{f"likelihood.{k}": p for k, p in posterior.likelihood.named_parameters()},
@@ -93,11 +136,9 @@ def model_header(linearizer: Linearizer, structure: Structure, rule, likelihood)
         "use_backpack": linearizer.use_backpack,
         "blocks": [_block(b) for b in linearizer.blocks],
         "structure": describe(structure, STRUCTURES),
-        "rule": {"class": type(rule).__name__, "curvature": describe(rule.curvature, CURVATURES)},
+        "rule": describe(rule, RULES),
         "likelihood": describe_likelihood(likelihood),
     }
-    if type(rule) is not rules.Laplace:
-        raise TypeError(f"the rule is a {type(rule).__name__}; only rules.Laplace can be saved.")
     return header, {f"masks.{k}": v for k, v in vector.masks.items()}
 
 
@@ -158,7 +199,8 @@ def _classes(room, base: type) -> dict[str, type]:
 
 
 STRUCTURES = _classes(ggn, Structure)
-CURVATURES = _classes(rules, rules.Curvature)
+RULES, CURVATURES, CUBATURES = (_classes(rules, base) for base in (rules.Expansion, rules.Curvature, rules.Cubature))
+PARTS = CURVATURES | CUBATURES  # of a rule
 FUNCTIONS = {f.__name__: f for f in (rules.eigclip, rules.eigabs)}
 
 
@@ -168,7 +210,9 @@ def describe(value, known: dict[str, type]) -> dict:
         raise TypeError(f"{value!r} is not one of bayesgn's own ({', '.join(sorted(known))}); only those can be saved.")
     out: dict = {"class": type(value).__name__}
     for name, option in vars(value).items():
-        if callable(option):
+        if isinstance(option, (rules.Curvature, rules.Cubature)):
+            option = describe(option, PARTS)
+        elif callable(option):
             if FUNCTIONS.get(getattr(option, "__name__", "")) is not option:
                 raise TypeError(f"{type(value).__name__}({name}={option!r}) cannot be saved; only {', '.join(FUNCTIONS)} can.")
             option = {"function": option.__name__}
@@ -180,19 +224,17 @@ def describe(value, known: dict[str, type]) -> dict:
 
 def build(config: dict, known: dict[str, type]):
     """The object that :func:`describe` described."""
-    options = {k: FUNCTIONS[v["function"]] if isinstance(v, dict) else v for k, v in config.items() if k != "class"}
     if config["class"] not in known:
         raise ValueError(f"the file names a class {config['class']!r}; only {', '.join(sorted(known))} are built from files.")
+    options = {k: _option(v) if isinstance(v, dict) else v for k, v in config.items() if k != "class"}
     try:
         return known[config["class"]](**options)
     except TypeError as error:
         raise ValueError(f"the file's options of {config['class']} do not fit: {error}; was it written by another version?") from error
 
 
-def _rule(config: dict):
-    if config["class"] != "Laplace":
-        raise ValueError(f"the file names a rule {config['class']!r}; only Laplace is built from files.")
-    return rules.Laplace(build(config["curvature"], CURVATURES))
+def _option(config: dict):
+    return FUNCTIONS[config["function"]] if "function" in config else build(config, PARTS)
 
 
 def describe_likelihood(likelihood) -> dict:
@@ -206,7 +248,8 @@ def describe_likelihood(likelihood) -> dict:
         return {"custom": name}
 
 
-def _likelihood(config: dict, given, path: str):
+def likelihood_from(config: dict, given, path: str):
+    """The likelihood that :func:`describe_likelihood` described; a copy of ``given`` where one has to be passed."""
     if given is not None:
         wanted = config.get("custom", config.get("class"))
         if type(given).__name__ != wanted:

@@ -11,7 +11,6 @@ from torch import Tensor
 from bayesgn import _data
 from bayesgn._psd import safe_cholesky
 from bayesgn.ggn.evaluation import at_rest, call
-from bayesgn.ggn.factors import Factors
 from bayesgn.ggn.linearization import Linearization, Linearizer
 from bayesgn.ggn.structure import Precision, accumulator, randn, working
 
@@ -21,15 +20,23 @@ class Answer:
 
     Args:
         linearizer, rows: of the net, and of the likelihood that reads its output.
-        settled: s H + P, with hyper-parameters as they are at the call.
+        settled: Σ⁻¹, with hyper-parameters as they are at the call.
         x: the inputs of the call.
         check_fresh: raises where the net is no longer that of the call.
+        shift: θ̄ − θ* [p] at the call; None for zero.
     """
 
     def __init__(
-        self, linearizer: Linearizer, rows: Callable[[Tensor], Tensor], settled: Precision, x: Any, check_fresh: Callable[[], None]
+        self,
+        linearizer: Linearizer,
+        rows: Callable[[Tensor], Tensor],
+        settled: Precision,
+        x: Any,
+        check_fresh: Callable[[], None],
+        shift: Tensor | None = None,
     ) -> None:
         self.linearizer, self.rows, self.settled, self.x, self.check_fresh = linearizer, rows, settled, x, check_fresh
+        self.shift = shift
         self.differentiable = any(t.requires_grad for t in _data.tensors(x)) and torch.is_grad_enabled()
         self._written = [(t, t._version) for t in _data.tensors(x) if not t.is_inference()]
         self._mean: Tensor | None = None
@@ -39,7 +46,9 @@ class Answer:
     def mean(self) -> Tensor:
         """[n *positions c]"""
         if self._mean is None:
-            if self.differentiable:
+            if self.shift is not None:
+                f = torch.cat([moved(lin, self.shift) for lin in self._linearizations()])
+            elif self.differentiable:
                 with at_rest(self.linearizer.net, {}):
                     f = self.rows(call(self.linearizer.net, self.linearizer.place(self.x)))
             else:
@@ -57,22 +66,8 @@ class Answer:
     def blocks(self) -> Tensor:
         """Covariance within each row [N c c]."""
         if self._blocks is None:
-            self._blocks = torch.cat([self._blocks_of(lin) for lin in self._linearizations()]).to(self.mean().dtype)
+            self._blocks = torch.cat([row_blocks(self.settled, lin) for lin in self._linearizations()]).to(self.mean().dtype)
         return self._blocks
-
-    def _blocks_of(self, lin) -> Tensor:
-        c = lin.output.shape[-1]
-        if lin.r == c:
-            return self._covariance(lin.factors())
-        out = []  # one position at a time: columns of the others would be thrown away
-        eye = torch.eye(lin.r, dtype=lin.output.dtype, device=lin.output.device)
-        for start in range(0, lin.r, c):
-            out.append(self._covariance(lin.factors(eye[:, start : start + c].expand(lin.n, -1, -1))))
-        return torch.stack(out, dim=1).flatten(0, 1)
-
-    def _covariance(self, factors: list[Factors]) -> Tensor:
-        covariance = self.settled.covariance(factors)
-        return 0.5 * (covariance + covariance.mT)
 
     def dense(self) -> Tensor:
         """Joint covariance [N c, N c]."""
@@ -80,7 +75,7 @@ class Answer:
             parts = [lin.factors() for lin in self._linearizations()]
             rows = [torch.cat([self.settled.joint(a, b) for b in parts], dim=1) for a in parts]
             joint = torch.cat(rows)
-            self._dense = (0.5 * (joint + joint.mT)).to(self.mean().dtype)
+            self._dense = _symmetric(joint).to(self.mean().dtype)
         return self._dense
 
     def cholesky(self) -> Tensor:
@@ -104,3 +99,25 @@ class Answer:
             yield self.linearizer(self.x, self.rows, differentiable=True)
         else:
             yield from self.linearizer.parts(self.x, self.rows)
+
+
+def moved(lin: Linearization, shift: Tensor) -> Tensor:
+    """f + J shift [n *positions c]."""
+    Jv = sum(f.to(shift.dtype).matvec(shift[b.where, None]) for f, b in zip(lin.factors(), lin.blocks, strict=True))
+    return (lin.output.to(shift) + Jv.reshape(lin.output.shape)).to(working(lin.output.dtype))  # type: ignore[union-attr]
+
+
+def row_blocks(precision: Precision, lin: Linearization) -> Tensor:
+    """J Σ Jᵀ within each row [N c c]."""
+    c = lin.output.shape[-1]
+    if lin.r == c:
+        return _symmetric(precision.covariance(lin.factors()))
+    out = []  # one position at a time: columns of the others would be thrown away
+    eye = torch.eye(lin.r, dtype=lin.output.dtype, device=lin.output.device)
+    for start in range(0, lin.r, c):
+        out.append(_symmetric(precision.covariance(lin.factors(eye[:, start : start + c].expand(lin.n, -1, -1)))))
+    return torch.stack(out, dim=1).flatten(0, 1)
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    return 0.5 * (M + M.mT)

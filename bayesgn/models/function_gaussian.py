@@ -132,6 +132,8 @@ class LatentGaussian(MultivariateNormal):
     def rsample(self, sample_shape=torch.Size(), base_samples: Tensor | None = None) -> Tensor:
         if base_samples is not None:
             sample_shape = base_samples.shape[:-1]
+            if base_samples.shape[-1:] != self.mean.shape:
+                raise ValueError(f"base_samples have shape {tuple(base_samples.shape)}; expected [..., {len(self.mean)}].")
         return self.answer.draw(self.mean, torch.Size(sample_shape), base_samples)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -143,6 +145,15 @@ class LatentGaussian(MultivariateNormal):
     def plain(self) -> MultivariateNormal:
         """The same Gaussian as gpytorch's own class."""
         return MultivariateNormal(self.mean, self.lazy_covariance_matrix)
+
+    def __getitem__(self, index) -> MultivariateNormal:
+        """Some rows; their joint covariance is worked out for them alone."""
+        if isinstance(index, slice) or (isinstance(index, Tensor) and index.dim() == 1):
+            return LatentGaussian(self.mean[index], self.answer.rows(index))
+        return MultivariateNormal(self.mean, DenseLinearOperator(self.covariance_matrix))[index]
+
+    def unsqueeze(self, dim: int) -> MultivariateNormal:
+        return MultivariateNormal(self.mean, DenseLinearOperator(self.covariance_matrix)).unsqueeze(dim)
 
     def expand(self, batch_size) -> MultivariateNormal:
         return self.plain().expand(batch_size)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bayesgn import _data
+
+
+def tensors(data: Any) -> tuple[Tensor, Tensor]:
+    """All inputs and targets of a pair, a Dataset or a DataLoader."""
+    x, y = zip(*_data.batches(data, batch_size=2**62))
+    return torch.cat(x), torch.cat(y)
 
 
 def columns(x: Tensor) -> Tensor:

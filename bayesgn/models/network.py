@@ -16,10 +16,12 @@ from bayesgn._parameters import ParameterVector, Selection, unwrap
 from bayesgn.ggn import Kron, Linearizer, Structure
 from bayesgn.likelihoods.base import Likelihood
 from bayesgn.models.checkpoint import Checkpoint
+from bayesgn.models.linearized import LinearizedPosterior, trained_sites
+from bayesgn.models.linearized_data import LinearizedData
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.stream import Stream
 from bayesgn.models.weight_prior import WeightPrior
-from bayesgn.rules import Curvature, Laplace
+from bayesgn.rules import Curvature, Expansion, Laplace, Sites
 
 logger = logging.getLogger("bayesgn.models")
 
@@ -99,12 +101,7 @@ class Network:
         """
         rule = _check_rule(rule)
         _check_likelihood(likelihood)
-        if self.net.training:
-            warnings.warn(
-                f"{type(self.net).__name__} is in train mode; bayesgn evaluates it in eval mode (dropout off, BatchNorm by its "
-                "running statistics) and leaves the mode as it came. Call net.eval() to silence this.",
-                stacklevel=3,
-            )
+        self._warn_of_mode()
         like = next(iter(self.vector.tensors(self.net).values()))
         stream = Stream(self.linearizer, likelihood, rule, data, generator, progress)
         stream.begin()
@@ -130,6 +127,41 @@ class Network:
             structure=self.structure,
         )
 
+    def start(self, likelihood, data: Any, rule: Expansion | None = None, sites: Sites | None = None) -> LinearizedPosterior:
+        """The belief before the first turn of ``bgn.bayes_newton``, in the model linearised at the trained weights, once and for all turns.
+
+        A net stands at its trained weights: unless given, the sites are Laplace's there, those of ``bgn.laplace`` with the Gauss-Newton curvature.
+
+        Args:
+            likelihood: p(y|f).
+            data: (x, y), a Dataset, a DataLoader or batches: walked once, copied and kept, in the order that it gave.
+            rule: any expansion with a curvature; Laplace unless given.
+            sites: in the order of the data, positions of a datum one after another.
+
+        Raises:
+            ValueError, TypeError: for data, targets, sites or a rule that cannot be right.
+
+        Source: Immer, Korzepa and Bauer (2021), sec. 3.3.
+        """
+        rule = Laplace() if rule is None else _check_expansion(rule)
+        _check_likelihood(likelihood)
+        self._warn_of_mode()
+        likelihood, prior = copy.deepcopy(likelihood), copy.deepcopy(self.prior)
+        seen = LinearizedData(self.linearizer, likelihood, data)
+        if sites is None:
+            sites = trained_sites(likelihood, seen.f, seen.y)
+        elif sites.nat1.shape != seen.f.shape:
+            raise ValueError(f"the sites are of shape {tuple(sites.nat1.shape)} but the net answers {tuple(seen.f.shape)} (rows, outputs).")
+        return LinearizedPosterior(self.linearizer, self.structure, likelihood, prior, rule, seen, sites)
+
+    def _warn_of_mode(self) -> None:
+        if self.net.training:
+            warnings.warn(
+                f"{type(self.net).__name__} is in train mode; bayesgn evaluates it in eval mode (dropout off, BatchNorm by its "
+                "running statistics) and leaves the mode as it came. Call net.eval() to silence this.",
+                stacklevel=4,
+            )
+
     def __call__(self, x: Any):
         raise RuntimeError(
             "this Network has seen no data: posterior = bgn.laplace(model, likelihood, train_loader), then posterior(x). For the "
@@ -143,17 +175,25 @@ class Network:
         )
 
 
-def _check_rule(rule: Any) -> Laplace:
-    if rule is None:
-        return Laplace()
+def _check_expansion(rule: Any) -> Expansion:
     if isinstance(rule, type):
-        proper = f"rules.{rule.__name__}(...)" if issubclass(rule, Laplace) else f"rules.Laplace(curvature=rules.{rule.__name__}(...))"
+        proper = f"rules.{rule.__name__}(...)" if issubclass(rule, Expansion) else f"rules.Laplace(curvature=rules.{rule.__name__}(...))"
         raise TypeError(f"rule={rule!r} is a class; expected a rule, an expansion with a curvature: {proper}.")
     if isinstance(rule, Curvature):
         name = type(rule).__name__
         raise TypeError(f"rule={rule!r}; expected a rule, an expansion with a curvature: rules.Laplace(curvature=rules.{name}(...)).")
     if not hasattr(rule, "curvature"):
         raise TypeError(f"rule={rule!r} is a {type(rule).__name__}; expected a rule such as rules.Laplace().")
+    return rule
+
+
+def _check_rule(rule: Any) -> Laplace:
+    """One turn at the trained weights is Laplace's."""
+    rule = Laplace() if rule is None else _check_expansion(rule)
+    if not hasattr(rule, "root"):
+        raise TypeError(
+            f"rule={rule!r} needs a belief over the functions, which bgn.laplace has not; use bgn.bayes_newton(model, likelihood, data, rule=...)."
+        )
     return cast(Laplace, rule)
 
 

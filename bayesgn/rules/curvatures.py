@@ -10,34 +10,7 @@ import torch
 from torch import Tensor
 
 from bayesgn._psd import eigclip, psd_root
-
-
-class Local(ABC):
-    """What an expansion knows of each datum: the slope of L_n and where its quadratic touches; curvatures on request.
-
-    Attributes:
-        gradient [n c]: ∂L_n/∂m, the true one.
-        at [n c]: where the quadratic has that slope.
-        cov [n c c]: of the belief.
-        valid [n]: False where the expansion itself failed (an improper cavity).
-    """
-
-    def __init__(self, q, gradient: Tensor, at: Tensor | None = None, valid: Tensor | None = None) -> None:
-        self.gradient, self.cov = gradient, q.cov
-        self.at = q.mean if at is None else at
-        self.valid = torch.ones(len(gradient), dtype=torch.bool, device=gradient.device) if valid is None else valid
-
-    @abstractmethod
-    def fisher(self) -> Tensor:
-        """The Gauss-Newton curvature [n c c], PSD."""
-
-    @abstractmethod
-    def hessian(self) -> Tensor:
-        """−∂²L_n/∂m² [n c c], possibly indefinite."""
-
-    @abstractmethod
-    def outer(self) -> Tensor:
-        """The mean outer product of gradients [n c c], PSD."""
+from bayesgn.rules.local import Diagonal, Local, diagonal
 
 
 class Bent(NamedTuple):
@@ -53,9 +26,11 @@ class Curvature(ABC):
 
     Attributes:
         random: whether :meth:`root` draws; it is then always given a generator, and the same one at every walk over the data.
+        exact: whether Λ is the Hessian wherever that is PSD.
     """
 
     random = False
+    exact = False
 
     @abstractmethod
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -65,8 +40,8 @@ class Curvature(ABC):
     def bend(self, local: Local, memory: tuple[Tensor, ...], generator: torch.Generator | None = None) -> Bent:
         """Λ for an expansion's view of the data."""
 
-    def blend(self, old: Tensor, new: Tensor, cov: Tensor, lr: float) -> Tensor:
-        """The site precision after a step of size lr from ``old`` to ``new``; cov is the belief's."""
+    def blend(self, old: Tensor, new: Tensor, lr: float) -> Tensor:
+        """The site precision after a step of size lr from ``old`` to ``new``."""
         return (1 - lr) * old + lr * new
 
     def columns(self, r: int) -> int:
@@ -83,11 +58,12 @@ class Curvature(ABC):
 
 
 class GaussNewton(Curvature):
-    """The generalised Gauss-Newton matrix, the Fisher information of the likelihood.
+    """The generalised Gauss-Newton matrix. It is the Fisher information of the likelihood, so this is also the curvature by that name.
 
         Λ = E_{y ~ p(y|f)}[ −∂² log p(y|f) / ∂f² ]
 
-    Equal to the Hessian for exponential families in their natural parameter (Gaussian, softmax, Poisson with log link).
+    Equal to the Hessian for exponential families in their natural parameter (Gaussian, softmax, Poisson with log link). An expansion
+    that averages over a belief averages Λ too; a linearisation y ≈ A f + noise has AᵀΩ⁻¹A.
 
     Example:
         >>> from bayesgn.likelihoods import Bernoulli
@@ -102,7 +78,7 @@ class GaussNewton(Curvature):
         return over_positions(likelihood.ggn_root(f, y))
 
     def bend(self, local: Local, memory=(), generator=None) -> Bent:
-        return Bent(local.fisher())
+        return _summed(local, local.fisher())
 
 
 class Exact(Curvature):
@@ -120,15 +96,19 @@ class Exact(Curvature):
         tensor([[[0.]]])
     """
 
+    exact = True
+
     def __init__(self, psd: Callable[[Tensor], Tensor] = eigclip) -> None:
+        if not callable(psd):
+            raise TypeError(f"Exact: psd={psd!r}; expected a function of blocks [n c c] such as rules.eigclip or rules.eigabs.")
         self.psd = psd
 
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return over_positions(psd_root(self.psd(likelihood.neg_hessian(f, y))))
 
     def bend(self, local: Local, memory=(), generator=None) -> Bent:
-        H = local.hessian()
-        return Bent(self.psd(H), indefinite=count_indefinite(H))
+        matrix, indefinite = made_psd(local.hessian(), self.psd)
+        return Bent(matrix, indefinite=indefinite)
 
     def scale(self, likelihood) -> Tensor:
         # The Hessian of a likelihood scales as its Fisher only where the two are the same matrix (a Gaussian's 1/noise).
@@ -151,7 +131,7 @@ class EmpiricalFisher(Curvature):
         return likelihood.gradient(f, y).reshape(f.shape[0], -1, 1)
 
     def bend(self, local: Local, memory=(), generator=None) -> Bent:
-        return Bent(local.outer())
+        return _summed(local, local.outer())
 
     def columns(self, r: int) -> int:
         return 1
@@ -195,23 +175,127 @@ class MonteCarloFisher(Curvature):
         return g.reshape(f.shape[0], -1, self.samples) / self.samples**0.5
 
     def bend(self, local: Local, memory=(), generator=None) -> Bent:
-        S = psd_root(local.fisher())
+        fisher, _, indefinite = _summed(local, local.fisher())
+        known = _finite(fisher)
+        S = psd_root(torch.where(known, fisher, 0.0))
         device = S.device if generator is None else generator.device
         signs = torch.randint(2, (len(S), S.shape[-1], self.samples), generator=generator, device=device, dtype=S.dtype)
         S = S @ signs.mul_(2).sub_(1).to(S.device)
-        return Bent(S @ S.mT / self.samples)
+        return Bent(torch.where(known, S @ S.mT / self.samples, fisher), indefinite=indefinite)
 
     def columns(self, r: int) -> int:
         return self.samples
 
 
-def count_indefinite(H: Tensor) -> int:
-    """Blocks [n c c] with an eigenvalue below zero, beyond rounding."""
+class Identity(Curvature):
+    """Λ = precision · I for every latent that y tells of: gradient ascent, preconditioned by the prior.
+
+    A step moves the mean by (K⁻¹ + Λ)⁻¹ times the gradient, for a prior covariance K; a precision below the largest curvature of the loss may
+    overshoot.
+
+    Args:
+        precision: of each latent's site.
+
+    Example:
+        >>> from bayesgn.likelihoods import Gaussian
+        >>> f, y = torch.zeros(2, 1), torch.tensor([[1.0], [torch.nan]])
+        >>> Identity(2.0).root(Gaussian(0.1), f, y).square().flatten().detach()  # the second is missing
+        tensor([2.0000, 0.0000])
+    """
+
+    def __init__(self, precision: float = 1.0) -> None:
+        if not precision > 0:
+            raise ValueError(f"Identity: precision={precision}; expected a positive number.")
+        self.precision = float(precision)
+
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return over_positions(self._of(likelihood.ggn(f, y)).sqrt())
+
+    def bend(self, local: Local, memory=(), generator=None) -> Bent:
+        return Bent(self._of(local.fisher()))
+
+    def _of(self, fisher: Tensor) -> Tensor:
+        told = fisher.diagonal(dim1=-2, dim2=-1) != 0  # what is missing has no information
+        return torch.diag_embed(told * self.precision).to(fisher)
+
+    def scale(self, likelihood) -> Tensor:
+        return torch.ones_like(likelihood.ggn_scale()).detach()
+
+
+class MeanField(Curvature):
+    """Another curvature without its terms across latents: each latent function gets sites of its own.
+
+    Where the latents are independent a priori, so they stay in the posterior, and ``Variational(MeanField(Exact()))`` is mean-field variational
+    inference: q(f) = Π_c q_c(f_c). The cross terms are left out before anything is made PSD.
+
+    Args:
+        curvature: the other one; :class:`GaussNewton` unless given.
+
+    Example:
+        >>> from bayesgn.likelihoods import Categorical
+        >>> S = MeanField().root(Categorical(), torch.zeros(1, 2), torch.tensor([0]))
+        >>> S @ S.mT  # of [[¼, −¼], [−¼, ¼]]
+        tensor([[[0.2500, 0.0000],
+                 [0.0000, 0.2500]]])
+    """
+
+    def __init__(self, curvature: Curvature | None = None) -> None:
+        self.curvature = GaussNewton() if curvature is None else curvature
+        if not isinstance(self.curvature, Curvature):
+            raise TypeError(f"MeanField: curvature={curvature!r}; expected an instance such as rules.Exact().")
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return self.curvature.random
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        return self.curvature.exact
+
+    def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        S = self.curvature.root(likelihood, f, y, generator)
+        return torch.diag_embed(S.square().sum(-1).sqrt())
+
+    def bend(self, local: Local, memory=(), generator=None) -> Bent:
+        bent = self.curvature.bend(Diagonal(local), memory, generator)
+        return bent._replace(matrix=diagonal(bent.matrix))
+
+    def blend(self, old: Tensor, new: Tensor, lr: float) -> Tensor:
+        return self.curvature.blend(old, new, lr)
+
+    def scale(self, likelihood) -> Tensor:
+        return self.curvature.scale(likelihood)
+
+def made_psd(H: Tensor, psd: Callable[[Tensor], Tensor]) -> tuple[Tensor, int]:
+    """Blocks [n c c] made PSD where they are not, and how many were indefinite beyond rounding. A block that is not finite stays so."""
+    known = _finite(H)
+    finite = torch.where(known, H, 0.0)
+    count, smallest = _indefinite(finite.detach())
+    if smallest >= 0:
+        return H, 0
+    return torch.where(known, psd(finite), H), count
+
+
+def _finite(H: Tensor) -> Tensor:
+    return H.isfinite().flatten(1).all(-1)[:, None, None]
+
+
+def _indefinite(H: Tensor) -> tuple[int, float]:
+    if not len(H):
+        return 0, 0.0
     if H.shape[-1] == 1:
-        return int((H < 0).sum())
-    finite = torch.where(H.isfinite(), H, 0.0)
-    λ = torch.linalg.eigvalsh(finite)
-    return int((λ[..., 0] < -1e-12 * λ.abs().amax(-1)).sum())
+        return int((H < 0).sum()), float(H.min())
+    λ = torch.linalg.eigvalsh(0.5 * (H + H.mT))
+    rounding = max(1e-12, 100 * torch.finfo(H.dtype).eps)
+    return int((λ[..., 0] < -rounding * λ.abs().amax(-1)).sum()), float(λ[..., 0].min())
+
+
+def _summed(local: Local, matrix: Tensor) -> Bent:
+    """A matrix that is PSD unless it is a sum with negative weights."""
+    if not local.signed:
+        return Bent(matrix)
+    matrix, indefinite = made_psd(matrix, eigclip)
+    return Bent(matrix, indefinite=indefinite)
 
 
 def over_positions(S: Tensor) -> Tensor:

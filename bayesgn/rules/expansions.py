@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bayesgn.likelihoods.cubature import Cubature, cubature_for
-from bayesgn.rules.curvatures import Curvature, GaussNewton, Local
+from bayesgn.rules.curvatures import Curvature, GaussNewton
+from bayesgn.rules.integrals import log_integral, pieces, spread
+from bayesgn.rules.local import Local, outer
 from bayesgn.rules.sites import Marginals, Sites, Turn
 
 
@@ -21,13 +24,17 @@ class Expansion(ABC):
         gradient g = ∂L_n/∂m,   Λ ≈ −∂²L_n/∂m²,   nat ← (1 − lr) nat + lr (g + Λ m, Λ),
         log evidence ≈ log Z_sites + Σ_n ( L_n[p(y_n|·)] − L_n[t_n] ).
 
-    The gradient is always the true one; the curvature is an argument. So fixed points do not depend on the curvature.
+    The gradient is always the true one; the curvature is an argument. At a fixed point the prior's pull balances that gradient, whatever Λ:
+    under :class:`Laplace` the mean is the exact mode for every curvature, under the others as exact as the covariance that Λ leaves.
 
     Args:
         curvature: which Λ; :class:`GaussNewton` unless told otherwise.
 
     Source: Wilkinson, Särkkä and Solin (2023), "Bayes-Newton methods for approximate Bayesian inference with PSD guarantees", sec. 3.
     """
+
+    power = 0.0  # α by which a sparse model averages a site over what its inducing variables leave open; 0: the expectation of its logarithm
+    bound = False  # whether log Z_sites + Σ term is a lower bound of the log evidence, whatever the sites
 
     def __init__(self, curvature: Curvature | None = None) -> None:
         self.curvature = GaussNewton() if curvature is None else curvature
@@ -42,14 +49,24 @@ class Expansion(ABC):
     def term(self, likelihood, q: Marginals, y: Tensor, sites: Sites) -> Tensor:
         """L_n[p(y_n|·)] − L_n[t_n] of each datum [n]; differentiable in q and in the likelihood's parameters."""
 
+    def climbs(self, turn: Turn) -> bool:
+        """Whether the turn went along the natural gradient of the energy, so that a step that is short enough cannot lower it."""
+        return self.bound and self.curvature.exact and turn.indefinite == 0
+
     @torch.no_grad()
     def __call__(
         self, likelihood, q: Marginals, y: Tensor, sites: Sites, lr: float = 1.0, generator: torch.Generator | None = None
     ) -> Turn:
-        """New sites for the data of q. A datum whose new site would not be finite keeps its old one."""
+        """New sites for the data of q, without a graph. A datum whose new site would not be finite keeps its old one."""
+        return self.renew(likelihood, q, y, sites, lr, generator)
+
+    def renew(
+        self, likelihood, q: Marginals, y: Tensor, sites: Sites, lr: float = 1.0, generator: torch.Generator | None = None
+    ) -> Turn:
+        """What a call gives, differentiable in q, the sites and the likelihood's parameters."""
         local = self.local(likelihood, q, y, sites)
         bent = self.curvature.bend(local, sites.memory, generator)
-        nat2 = self.curvature.blend(sites.nat2, bent.matrix, q.cov, lr)
+        nat2 = self.curvature.blend(sites.nat2, bent.matrix, lr)
         target = local.gradient + (bent.matrix @ local.at.unsqueeze(-1)).squeeze(-1)
         nat1 = (1 - lr) * sites.nat1 + lr * target
         # What a curvature adds beyond the mixture bends around the mean: no slope comes in.
@@ -61,11 +78,9 @@ class Expansion(ABC):
         if skipped:
             nat1 = torch.where(good[:, None], nat1, sites.nat1)
             nat2 = torch.where(good[:, None, None], nat2, sites.nat2)
-            if sites.memory:
-                memory = tuple(
-                    torch.where(good.reshape(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(memory, sites.memory, strict=True)
-                )
-        return Turn(Sites(nat1, nat2, memory), bent.indefinite, skipped)
+            old = sites.memory or tuple(torch.zeros_like(t) for t in memory)
+            memory = tuple(torch.where(good.reshape(-1, *[1] * (new.dim() - 1)), new, t) for new, t in zip(memory, old, strict=True))
+        return Turn(Sites(nat1, nat2, memory), bent.indefinite, skipped, local, good)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if v is not None)
@@ -111,7 +126,8 @@ class Laplace(Expansion):
 
 class _AtMean(Local):
     def __init__(self, likelihood, q: Marginals, y: Tensor) -> None:
-        super().__init__(q, likelihood.gradient(q.mean, y))
+        again = lambda place: _AtMean(likelihood, Marginals(place, q.cov), y)
+        super().__init__(q.mean, q.cov, likelihood.gradient(q.mean, y), again, value=lambda m: likelihood.log_prob(m, y))
         self.likelihood, self.y = likelihood, y
 
     def fisher(self) -> Tensor:
@@ -121,7 +137,7 @@ class _AtMean(Local):
         return self.likelihood.neg_hessian(self.at, self.y)
 
     def outer(self) -> Tensor:
-        return self.gradient.unsqueeze(-1) * self.gradient.unsqueeze(-2)
+        return outer(self.gradient)
 
 
 class Variational(Integral):
@@ -137,24 +153,31 @@ class Variational(Integral):
     Source: Khan and Lin (2017), "Conjugate-computation variational inference"; Opper and Archambeau (2009).
     """
 
+    bound = True
+
     def local(self, likelihood, q: Marginals, y: Tensor, sites: Sites) -> Local:
+        again = lambda place: self.local(likelihood, Marginals(place, q.cov), y, sites)
+        value = lambda place: self.value(likelihood, Marginals(place, q.cov), y)
         closed = likelihood.expected(q.mean, q.cov, y)
-        return _Known(q, closed) if closed is not None else _Averaged(likelihood, q, y, *self.rule_for(q)(q.mean, q.cov))
+        if closed is None:
+            return _Averaged(likelihood, q, y, self.rule_for(q), again, value)
+        return _Known(q, closed, again, value, lambda: _Averaged(likelihood, q, y, self.rule_for(q), again, value))
+
+    def value(self, likelihood, q: Marginals, y: Tensor) -> Tensor:
+        """E_q[log p(y_n | f)] [n]."""
+        closed = likelihood.expected(q.mean, q.cov, y)
+        return log_integral(likelihood, q, y, self.rule_for(q)) if closed is None else closed.value
 
     def term(self, likelihood, q: Marginals, y: Tensor, sites: Sites) -> Tensor:
-        closed = likelihood.expected(q.mean, q.cov, y)
-        if closed is not None:
-            return closed.value - sites.expected_log(q)
-        f, w = self.rule_for(q)(q.mean, q.cov)
-        return torch.einsum("q,q...->...", w, likelihood.log_prob(f, spread(y, f))) - sites.expected_log(q)
+        return self.value(likelihood, q, y) - sites.expected_log(q)
 
 
 class _Known(Local):
     """In closed form, as the likelihood gives it."""
 
-    def __init__(self, q: Marginals, closed: Any) -> None:
-        super().__init__(q, closed.gradient)
-        self.closed = closed
+    def __init__(self, q: Marginals, closed: Any, again, value, averaged: Callable[[], Local]) -> None:
+        super().__init__(q.mean, q.cov, closed.gradient, again, value)
+        self.closed, self.averaged = closed, averaged
 
     def fisher(self) -> Tensor:
         return self.closed.fisher
@@ -163,30 +186,51 @@ class _Known(Local):
         return self.closed.neg_hessian
 
     def outer(self) -> Tensor:
-        return self.closed.gradient.unsqueeze(-1) * self.closed.gradient.unsqueeze(-2)
+        return self.averaged().outer()  # E g gᵀ is not (E g)(E g)ᵀ
 
 
 class _Averaged(Local):
-    """Expectations over nodes f [q n c] with weights [q], or [q n] where they differ from datum to datum."""
+    """By a sum over nodes."""
 
-    def __init__(self, likelihood, q: Marginals, y: Tensor, f: Tensor, w: Tensor) -> None:
-        self.likelihood, self.y, self.f, self.w = likelihood, spread(y, f), f, w
-        self.gradients = likelihood.gradient(f, self.y)
-        super().__init__(q, self.average(self.gradients))
-
-    def average(self, h: Tensor) -> Tensor:
-        return torch.einsum("q,qn...->n..." if self.w.dim() == 1 else "qn,qn...->n...", self.w, h)
+    def __init__(self, likelihood, q: Marginals, y: Tensor, cubature: Cubature, again, value) -> None:
+        f, w = cubature(q.mean, q.cov)
+        self.sums = Sums(likelihood, y, f, w)
+        super().__init__(q.mean, q.cov, self.sums.gradient(), again, value, signed=bool((w < 0).any()))
 
     def fisher(self) -> Tensor:
-        return self.average(self.likelihood.ggn(self.f, self.y))
+        return self.sums.fisher()
 
     def hessian(self) -> Tensor:
-        return self.average(self.likelihood.neg_hessian(self.f, self.y))
+        return self.sums.hessian()
 
     def outer(self) -> Tensor:
-        return self.average(self.gradients.unsqueeze(-1) * self.gradients.unsqueeze(-2))
+        return self.sums.outer()
 
 
-def spread(y: Tensor, f: Tensor) -> Tensor:
-    """y for each of the nodes f [q n c]."""
-    return y.expand(f.shape[0], *y.shape)
+class Sums:
+    """Weighted sums over nodes f [q n c] with weights w [q], or [q n] where they differ from datum to datum."""
+
+    def __init__(self, likelihood, y: Tensor, f: Tensor, w: Tensor) -> None:
+        self.likelihood = likelihood
+        self.parts = [(f[:, rows], w if w.dim() == 1 else w[:, rows], spread(y[rows], f)) for rows in pieces(f)]
+        self._sum = "q,qn...->n..." if w.dim() == 1 else "qn,qn...->n..."
+
+    def average(self, h: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Σ_q w_q h(f_q, y) [n …]."""
+        return torch.cat([torch.einsum(self._sum, w, h(f, y)) for f, w, y in self.parts])
+
+    def gradient(self) -> Tensor:
+        return self.average(self.likelihood.gradient)
+
+    def scores(self) -> Tensor:
+        """∂ log p at every node [q n c]."""
+        return torch.cat([self.likelihood.gradient(f, y) for f, _, y in self.parts], 1)
+
+    def fisher(self) -> Tensor:
+        return self.average(self.likelihood.ggn)
+
+    def hessian(self) -> Tensor:
+        return self.average(self.likelihood.neg_hessian)
+
+    def outer(self) -> Tensor:
+        return self.average(lambda f, y: outer(self.likelihood.gradient(f, y)))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from bayesgn.rules.local import Local
 
 
 class Marginals(NamedTuple):
@@ -52,6 +55,10 @@ class Sites(NamedTuple):
         """log t_n(f_n) [n]."""
         return (self.nat1 * f).sum(-1) - 0.5 * (f * (self.nat2 @ f.unsqueeze(-1)).squeeze(-1)).sum(-1)
 
+    def slope_at(self, f: Tensor) -> Tensor:
+        """∂ log t_n / ∂f at f_n [n c]."""
+        return self.nat1 - (self.nat2 @ f.unsqueeze(-1)).squeeze(-1)
+
     def expected_log(self, q: Marginals) -> Tensor:
         """E_q[log t_n] [n]."""
         return self.log_at(q.mean) - 0.5 * (self.nat2 * q.cov).sum((-1, -2))
@@ -64,11 +71,15 @@ class Turn(NamedTuple):
         sites: the new ones.
         indefinite: data whose curvature block was indefinite before it was made PSD.
         skipped: data whose site was left as it was (an improper cavity, a value that is not finite).
+        local: what the expansion knew of the data.
+        taken [n]: True where the new site was taken.
     """
 
     sites: Sites
     indefinite: int
     skipped: int
+    local: Local
+    taken: Tensor
 
 
 def gaussian_log_integral(q: Marginals, nat1: Tensor, nat2: Tensor) -> Tensor:

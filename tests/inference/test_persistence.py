@@ -212,7 +212,7 @@ def rewrite(path, change):
         (lambda h, t: h.update(kind="Recipe"), "holds a Recipe; expected a NetworkPosterior"),
         (lambda h, t: h["structure"].update({"class": "Popen"}), "names a class 'Popen'; only .*Kron"),
         (lambda h, t: h["structure"].update({"reduced": 1}), "options of Kron do not fit"),
-        (lambda h, t: h["rule"].update({"class": "Variational"}), "rule 'Variational'; only Laplace"),
+        (lambda h, t: h["rule"].update({"class": "Variational"}), "class 'Variational'; only Laplace"),
         (lambda h, t: h["rule"]["curvature"].update({"class": "os"}), "names a class 'os'"),
         (lambda h, t: h["likelihood"].update({"class": "Module"}), "no likelihood is called 'Module'"),
         (lambda h, t: h.pop("blocks"), "is incomplete .*blocks.*Fit and save again"),

@@ -43,7 +43,52 @@ def sigma(f):
     return 1 / (1 + np.exp(-f))
 
 
+def softplus(f):
+    return np.logaddexp(0, f)
+
+
+class ZeroInflatedOracle:
+    """scipy's negative binomial with a point mass at zero."""
+
+    dist = None
+
+    def __init__(self, f, r, K):
+        m = np.exp(f)
+        self.kept, self.counts = m / (K + m), ss.nbinom(r, r / (r + m))
+
+    def pmf(self, y):
+        return self.kept * self.counts.pmf(y) + (1 - self.kept) * (np.asarray(y) == 0)
+
+    def logpmf(self, y):
+        return np.log(self.pmf(y))
+
+    def mean(self):
+        return self.kept * self.counts.mean()
+
+    def var(self):
+        return self.kept * (self.counts.var() + self.counts.mean() ** 2) - self.mean() ** 2
+
+
+def multistage(f, r=None):
+    """Probabilities of 0, 1 and the rest from 2 on, counted by enumeration."""
+    k = np.arange(400)
+    rest = ss.poisson(np.exp(f[2])) if r is None else ss.nbinom(r, r / (r + np.exp(f[2])))
+    p = np.concatenate([[sigma(f[0]), sigma(-f[0]) * sigma(f[1])], sigma(-f[0]) * sigma(-f[1]) * rest.pmf(k)])
+    return ss.rv_discrete(values=(np.arange(402), p / p.sum()))
+
+
 R = tensor([1.0, 0.3], [0.3, 0.5])
+R3 = tensor([1.0, 0.3, -0.2], [0.3, 0.5, 0.1], [-0.2, 0.1, 0.8])
+W32 = tensor([1.0, 0.2], [-0.5, 1.0], [0.3, 0.7])
+def demodulated(f, W):                                # y's scipy normal for f = (carriers, modulators)
+    D = len(W)
+    return ss.norm((f[:D] * (W @ softplus(f[D:]))).sum(), 0.3**0.5)
+
+
+def network(f, k, d, R, offset):
+    return ss.multivariate_normal((f[k:].reshape(d, k) + offset) @ f[:k], R)
+
+
 normal = lambda f: ss.norm(f[0], 0.7**0.5)
 FAMILIES = [
     Family("gaussian", lambda: L.Gaussian(tensor(0.7)), 1, "real", normal),
@@ -72,6 +117,36 @@ FAMILIES = [
     Family("ordinal", lambda: L.Ordinal(tensor(-1.0, 0.2, 1.5)), 1, "labels-4", lambda f: ss.rv_discrete(
         values=(np.arange(4), np.diff(np.concatenate([[0], sigma(np.array([-1.0, 0.2, 1.5]) - f[0]), [1]])))), missing=-100),
     Family("ordinal-two-levels", lambda: L.Ordinal(tensor([0.5])), 1, "labels-2", missing=-100),
+    Family("heteroscedastic-softplus", lambda: L.HeteroscedasticGaussian(L.Softplus()), 2, "real", lambda f: ss.norm(f[0], softplus(f[1]))),
+    Family("heteroscedastic-softplus-2", lambda: L.HeteroscedasticGaussian(L.Softplus()), 4, "real",
+           lambda f: ss.multivariate_normal(f[:2], np.diag(softplus(f[2:]) ** 2))),
+    Family("heteroscedastic-student", lambda: L.HeteroscedasticStudentT(tensor(5.0), L.Softplus()), 2, "real",
+           lambda f: ss.t(5.0, f[0], softplus(f[1]))),
+    Family("heteroscedastic-student-2", lambda: L.HeteroscedasticStudentT(tensor(5.0, 7.0)), 4, "real"),
+    Family("multivariate-student", lambda: L.MultivariateStudentT(tensor(5.0), R), 2, "elliptical",
+           lambda f: ss.multivariate_t(f, R.numpy(), df=5.0)),
+    Family("multivariate-student-each", lambda: L.MultivariateStudentT(tensor(6.0), tensor(0.5, 2.0)), 2, "elliptical",
+           lambda f: ss.multivariate_t(f, np.diag([0.5, 2.0]), df=6.0)),
+    Family("linked-gaussian", lambda: L.Linked(L.Gaussian(tensor(0.7)), L.Softplus()), 1, "real", lambda f: ss.norm(softplus(f[0]), 0.7**0.5)),
+    Family("linked-gaussian-full", lambda: L.Linked(L.Gaussian(R), L.Softplus()), 2, "vector",
+           lambda f: ss.multivariate_normal(softplus(f), R.numpy())),
+    Family("linked-student", lambda: L.Linked(L.StudentT(tensor(5.0), tensor(0.6)), L.Exp(0.7)), 1, "real",
+           lambda f: ss.t(5.0, np.exp(0.7 * f[0]), 0.6)),
+    Family("linked-poisson", lambda: L.Linked(L.Poisson(), L.LogSoftplus()), 1, "counts", lambda f: ss.poisson(softplus(f[0]))),
+    Family("coregionalisation", lambda: L.LinearCoregionalisation(W32, R3), 2, "vector",
+           lambda f: ss.multivariate_normal(W32.numpy() @ f, R3.numpy())),
+    Family("regression-network", lambda: L.RegressionNetwork(2, 3, R3, offset=0.1), 8, "vector", lambda f: network(f, 2, 3, R3.numpy(), 0.1)),
+    Family("regression-network-1", lambda: L.RegressionNetwork(1, 2, tensor(0.5, 2.0)), 3, "vector",
+           lambda f: network(f, 1, 2, np.diag([0.5, 2.0]), 0.0)),
+    Family("product", lambda: L.AmplitudeDemodulation(1, tensor(0.3)), 2, "real", lambda f: demodulated(f, np.eye(1))),
+    Family("demodulation", lambda: L.AmplitudeDemodulation(2, tensor(0.3)), 4, "real", lambda f: demodulated(f, np.eye(2))),
+    Family("matrix-factorisation", lambda: L.NonnegativeMatrixFactorisation(W32.abs(), tensor(0.3)), 5, "real",
+           lambda f: demodulated(f, W32.abs().numpy())),
+    Family("zero-inflated", lambda: L.ZeroInflatedNegativeBinomial(tensor(1.5), tensor(0.8)), 1, "counts",
+           lambda f: ZeroInflatedOracle(f[0], 1.5, 0.8)),
+    Family("zero-inflated-2", lambda: L.ZeroInflatedNegativeBinomial(tensor(1.5, 4.0), tensor(0.8)), 2, "counts"),
+    Family("multi-stage", L.MultiStage, 3, "counts", multistage),
+    Family("multi-stage-negative-binomial", lambda: L.MultiStage(2, L.NegativeBinomial(tensor(1.5))), 3, "counts", lambda f: multistage(f, 1.5)),
     Family("from-normal (KL)", lambda: L.FromDistribution(lambda f: td.Normal(f[..., 0], f[..., 1].exp())), 2, "real",
            lambda f: ss.norm(f[0], np.exp(f[1]))),
     Family("from-gamma (KL)", lambda: L.FromDistribution(lambda f: td.Gamma(f.exp() + 3, 2.0)), 1, "positive"),

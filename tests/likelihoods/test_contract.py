@@ -10,12 +10,21 @@ from hypothesis import strategies as st
 
 from bayesgn import likelihoods as L
 
+from .families import FAMILIES, Family
+
 D = torch.float64
 close = lambda a, b, tol=1e-9: torch.testing.assert_close(a, b, atol=tol, rtol=tol)
 
 
 def outcomes(family, lik, f):
     """Every y (or a quadrature grid of them) for ONE row f [c], each output moving alone: values [q], weights [q]."""
+    if family.support == "elliptical":                                         # rings around f: E over y = f + ρ L (cos θ, sin θ)
+        u = torch.linspace(-12, 12, 1501, dtype=D).exp()
+        θ = torch.arange(16, dtype=D) * (2 * np.pi / 16)
+        L_ = torch.linalg.cholesky(torch.as_tensor(lik.scale_matrix.detach() if lik.scale_matrix.ndim == 2 else lik.scale_matrix.detach().diag()))
+        ring = torch.stack([θ.cos(), θ.sin()], -1) @ L_.T
+        weights = (u.square() * (24 / 1500) * L_.diagonal().prod() * (2 * np.pi / 16)).repeat_interleave(16)
+        return f + (u[:, None, None] * ring).reshape(-1, 2), weights
     if family.support == "real":
         u = torch.linspace(-25, 25, 40_001, dtype=D)
         return f[0] + u.sinh(), u.cosh() * (50 / 40_000)
@@ -34,6 +43,8 @@ def rows_of(family, f, values):
     """Rows in which all outputs take the same value: y in full shape for f [q c]."""
     F = f.expand(len(values), -1)
     shape = family.build().target_shape(F)
+    if values.shape == shape:
+        return F, values
     return F, values.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
 
 
@@ -64,19 +75,20 @@ def test_density_normalises_and_ggn_is_the_expected_hessian(family):
     f = family.data(1)[0]
     values, weights = outcomes(family, lik, f[0])
     F, y = rows_of(family, f[0], values)
-    if y.ndim > 1 and y.shape[-1] > 1:                                         # p(y_k) alone: the other outputs are missing
+    if y.ndim > 1 and y.shape[-1] > 1 and family.support != "elliptical":      # p(y_k) alone: the other outputs are missing
         ggn = torch.zeros(family.c, family.c, dtype=D)
         for k in range(y.shape[-1]):
             if isinstance(lik, L.FromDistribution):
                 p = (lik._outputs(F).log_prob(y)[:, k]).exp() * weights
-                H = lik.neg_hessian(F, y)[:, k, k]                             # its Hessian is diagonal: outputs are independent
+                H = torch.zeros(len(F), family.c, family.c, dtype=D)
+                H[:, k, k] = lik.neg_hessian(F, y)[:, k, k]                    # its Hessian is diagonal: outputs are independent
             else:
                 alone = torch.full_like(y, torch.nan)
                 alone[:, k] = y[:, k]
                 p = lik.log_prob(F, alone).exp() * weights
-                H = lik.neg_hessian(F, alone)[:, k, k]
+                H = lik.neg_hessian(F, alone)
             close(p.sum(), torch.ones((), dtype=D))
-            ggn[k, k] = (p * H).sum()
+            ggn += torch.einsum("q,qij->ij", p, H)
     else:
         p = (lik.conditional(F).log_prob(y) if not family.density else lik.log_prob(F, y)).exp() * weights
         close(p.sum(), torch.ones((), dtype=D))
@@ -89,12 +101,78 @@ def the_vector_case(family):
     lik = family.build()
     f = family.data(1)[0]
     o = family.oracle(f[0].numpy())
-    x, w = np.polynomial.hermite_e.hermegauss(5)
-    z = torch.tensor(np.stack(np.meshgrid(x, x, indexing="ij"), -1).reshape(-1, 2))
-    w = torch.tensor(np.outer(w, w).ravel() / (2 * np.pi))
+    d = len(o.mean)
+    x, w = np.polynomial.hermite_e.hermegauss(3)
+    z = torch.tensor(np.stack(np.meshgrid(*[x] * d, indexing="ij"), -1).reshape(-1, d))
+    w = torch.tensor(np.stack(np.meshgrid(*[w] * d, indexing="ij"), -1).prod(-1).ravel() / (2 * np.pi) ** (d / 2))
     y = torch.tensor(np.asarray(o.mean)) + z @ torch.linalg.cholesky(torch.tensor(np.asarray(o.cov))).T
     H = lik.neg_hessian(f.expand(len(y), -1), y)
     close(lik.ggn(f)[0], torch.einsum("q,qij->ij", w, H))
+    y[:, 0] = torch.nan                                                        # the same with an output integrated out
+    H = lik.neg_hessian(f.expand(len(y), -1), y)
+    close(lik.ggn(f, y[:1])[0], torch.einsum("q,qij->ij", w, H))
+
+
+SEVERAL = [f for f in FAMILIES if f.density and not f.name.startswith("from") and f.data(1)[1].ndim == 2 and f.data(1)[1].shape[1] > 1]
+
+
+@pytest.mark.parametrize("family", SEVERAL, ids=lambda family: family.name)
+def test_rows_missing_in_part_are_marginals(family):
+    """p of what is left is ∫ p(y) dy_0 over a grid, and its derivatives are autodiff's; other rows do not notice."""
+    lik = family.build()
+    f, y = family.data(5)
+    gone = y.clone()
+    gone[0, 0] = gone[1, -1] = gone[2] = torch.nan
+    grid = y.new_tensor(range(400)) if family.support in ("counts", "binary") else None
+    if family.support == "binary":
+        grid, weights = grid[:2], torch.ones(2, dtype=D)
+    elif grid is not None:
+        weights = torch.ones(400, dtype=D)
+    else:
+        one = {"vector": "real", "elliptical": "real"}.get(family.support, family.support)
+        grid, weights = outcomes(Family("", family.make, 1, one), lik, y[0, :1])
+    whole = y[0].expand(len(grid), -1).clone()
+    whole[:, 0] = grid
+    close(lik.log_prob(f, gone)[0], (lik.log_prob(f[0].expand(len(grid), -1), whole) + weights.log()).logsumexp(0), 1e-7)
+    close(lik.log_prob(f, gone)[3:], lik.log_prob(f, y)[3:])
+    for row in range(3):
+        log_p = lambda x, r=row: lik.log_prob(x, gone[r])
+        close(lik.gradient(f, gone)[row], torch.autograd.functional.jacobian(log_p, f[row]))
+        close(lik.neg_hessian(f, gone)[row], -torch.autograd.functional.hessian(log_p, f[row]))
+    S = lik.ggn_root(f, gone)
+    close(S @ S.mT, lik.ggn(f, gone))
+    lik.validate(f, gone)
+    assert torch.equal(lik.response(f, gone).isnan(), gone.isnan())
+
+
+def test_response_and_its_moments(family):
+    """E[y | f] and Cov[y | f] of y as a vector, by enumeration or a grid over y where y is one thing, from draws where it is a vector."""
+    lik = family.build()
+    f, y = family.data(3)
+    mean, cov = lik.conditional_moments(f)
+    r = lik.response(f, y)
+    d = r.shape[-1]
+    assert r.shape == mean.shape == (3, d) and cov.shape == (3, d, d)
+    gone = y.clone()
+    gone[1] = family.missing
+    assert lik.response(f, gone)[1].isnan().all()
+    close(lik.response(f, gone)[[0, 2]], r[[0, 2]])
+    if family.support == "elliptical" or (y.ndim > 1 and y.shape[-1] > 1):
+        many = f[:1].expand(40_000, -1)
+        draws = lik.response(many, lik.sample(many, torch.Generator().manual_seed(0)))
+        e = draws - mean[0]
+        assert (e.mean(0).abs() / (cov[0].diagonal() / 40_000).sqrt()).max() < 4.5
+        products = e.unsqueeze(-1) * e.unsqueeze(-2)
+        assert ((products.mean(0) - cov[0]).abs() / (products.std(0) / 200)).max() < 4.5
+        return
+    values, weights = outcomes(family, lik, f[0])
+    F, y = rows_of(family, f[0], values)
+    p = lik.conditional(F).log_prob(y).exp() * weights
+    r = lik.response(F, y)
+    want = p @ r
+    tol = 1e-7 if family.support != "real" else 2e-4                           # a t's second moment beyond the grid
+    close(mean[0], want, tol)
+    close(cov[0], torch.einsum("q,qi,qj->ij", p, r - want, r - want), tol)
 
 
 def test_root_of_ggn_and_psd(family):
@@ -250,8 +328,6 @@ def test_shapes_on_the_meta_device(family):
 @given(data=st.data(), seed=st.integers(0, 10_000), n=st.integers(1, 6))
 def test_laws(data, seed, n):
     """Rows keep to themselves: a permutation of rows permutes everything; the GGN is PSD wherever f goes."""
-    from .families import FAMILIES
-
     family = data.draw(st.sampled_from([f for f in FAMILIES if f.exact]))
     lik = family.build()
     f, y = family.data(n, seed=seed)

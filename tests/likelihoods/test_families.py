@@ -45,11 +45,6 @@ def test_noise_reads_back_and_is_settable(noise):
     assert torch.allclose(lik.noise.diagonal() if noise.ndim == 2 else lik.noise, tensor(0.3))
 
 
-def test_full_noise_refuses_rows_missing_in_part():
-    with pytest.raises(ValueError, match="missing in part"):
-        L.Gaussian(torch.eye(2)).validate(torch.zeros(1, 2), torch.tensor([[1.0, float("nan")]]))
-
-
 @pytest.mark.parametrize("weight", [None, tensor(1.0, 2.0, 0.5)])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_categorical_is_torchs_cross_entropy(weight, smoothing):

@@ -14,6 +14,8 @@ import torch.distributions as td
 from bayesgn import likelihoods as L
 from bayesgn.likelihoods import links
 from bayesgn.likelihoods import predictives as P
+from bayesgn.likelihoods.cubature import GaussHermite
+from bayesgn.likelihoods.student_t import gaussian_scales
 
 from .families import BY_NAME, FAMILIES, D, tensor
 
@@ -106,6 +108,80 @@ def test_heteroscedastic_of_two_targets_by_monte_carlo():
     torch.testing.assert_close(p.variance[0], f[:, :2].var(0) + f[:, 2:].exp().mean(0), rtol=0.03, atol=0)
     y = tensor([0.2, -0.4]).reshape(1, 2)
     torch.testing.assert_close(p.log_prob(y)[0], lik.log_prob(f, y.expand(len(f), 2)).logsumexp(0) - math.log(len(f)), rtol=0, atol=0.02)
+
+
+# Name, and by how much the log density may be off: these integrate some latents at nodes of their own (20 a latent, or 1024 of a Sobol sequence).
+SEVERAL_LATENTS = [
+    ("heteroscedastic-softplus", 1e-7), ("heteroscedastic-student", 1e-7), ("product", 1e-7), ("multivariate-student", 1e-7),
+    ("multivariate-student-each", 1e-7), ("regression-network-1", 1e-4), ("linked-gaussian-full", 1e-5), ("multi-stage", 1e-5),
+    ("heteroscedastic-softplus-2", 0.02), ("demodulation", 0.02), ("matrix-factorisation", 0.02), ("regression-network", 0.02),
+    ("coregionalisation", 1e-9),
+]
+
+
+@pytest.mark.parametrize("name, tolerance", SEVERAL_LATENTS)
+def test_several_latents(name, tolerance):
+    """Density, mean and covariance against a fine grid, or 400,000 draws of many latents."""
+    family = BY_NAME[name]
+    lik = family.build()
+    mean, cov = gaussian(2, c=family.c, width=0.5)
+    y = lik.sample(mean, torch.Generator().manual_seed(2)).detach()
+    p = lik(as_mvn(mean, cov))
+    for n in range(2):
+        if family.c <= 3:
+            u = torch.linspace(-8, 8, {2: 601, 3: 81}[family.c], dtype=D)
+            z = torch.cartesian_prod(*[u] * family.c)
+            f, w = mean[n] + z @ torch.linalg.cholesky(cov[n]).T, (-0.5 * z.square().sum(-1)).softmax(0)
+        else:
+            f = td.MultivariateNormal(mean[n], cov[n] + 1e-12 * torch.eye(family.c, dtype=D)).sample(torch.Size([400_000]))
+            w = f.new_full((len(f),), 1 / len(f))
+        log_p = lik.log_prob(f, y[n].expand(len(f), *y[n].shape))
+        exact = (log_p + w.log()).logsumexp(0)
+        assert math.isclose(p.log_prob(y)[n].item(), exact.item(), abs_tol=max(tolerance, 1e-9))
+        m, C = lik.conditional_moments(f)
+        want = w @ m
+        between = torch.einsum("q,qi,qj->ij", w, m - want, m - want)
+        total = torch.einsum("q,qij->ij", w, C) + between
+        torch.testing.assert_close(p.mean[n], want, atol=max(tolerance, 1e-9), rtol=tolerance)
+        # a mixture over nodes of a t's gamma variable misses what lies beyond them, 1e-13 of the mass
+        torch.testing.assert_close(p.variance[n], total.diagonal(), atol=1e-9, rtol=max(2 * tolerance, 1e-6))
+
+
+def test_heteroscedastic_student_of_two_targets_each_by_itself():
+    family = BY_NAME["heteroscedastic-student-2"]
+    lik = family.build()
+    mean, cov = gaussian(1, c=4, width=0.5)
+    p = lik(as_mvn(mean, cov))
+    y = tensor([0.2, -0.4]).reshape(1, 2)
+    for k in range(2):
+        pair = [k, 2 + k]
+        f, w = GaussHermite(120)(mean[:, pair], cov[:, pair][..., pair])
+        all_ = mean.expand(len(f), 4).clone()
+        all_[:, pair] = f[:, 0]
+        alone = torch.full((len(f), 2), torch.nan, dtype=D)
+        alone[:, k] = y[0, k]
+        close(p.base_dist.log_prob(y)[0, k], (lik.log_prob(all_, alone) + w.log()).logsumexp(0), 1e-6)
+    close(p.log_prob(y), p.base_dist.log_prob(y).sum(-1))
+
+
+def test_a_narrow_t_under_a_wide_gaussian_is_no_comb():
+    """Scales far below the Gaussian's width: the predictive is nearly that Gaussian everywhere."""
+    y = torch.linspace(-2, 2, 41, dtype=D)
+    flat = torch.tensor(ss.norm.logpdf(y.numpy()))
+    p = L.MultivariateStudentT(tensor(30.0), tensor(1e-4))(as_mvn(torch.zeros(41, 1, dtype=D), torch.ones(41, 1, 1, dtype=D)))
+    torch.testing.assert_close(p.log_prob(y[:, None]), flat, atol=1e-3, rtol=0)
+    p = L.HeteroscedasticStudentT(tensor(30.0))(as_mvn(tensor([0.0, -9.0]).expand(41, 2), torch.diag(tensor(1.0, 0.01)).expand(41, 2, 2)))
+    torch.testing.assert_close(p.log_prob(y[:, None]), flat, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("nu", [0.3, 1.0, 2.5, 4.0, 30.0, 1e3, 1e6])
+def test_a_student_t_is_a_mixture_of_normals(nu):
+    gamma, log_w = gaussian_scales(tensor(nu))
+    y = tensor(0.0, 0.3, 1.0, 4.0, 30.0, 90.0)
+    log_p = (log_w + td.Normal(0.0, gamma.rsqrt()).log_prob(y[:, None])).logsumexp(-1)
+    torch.testing.assert_close(log_p, torch.tensor(ss.t(nu).logpdf(y.numpy())), atol=2e-6, rtol=1e-9)
+    torch.testing.assert_close(log_p[:4], torch.tensor(ss.t(nu).logpdf(y[:4].numpy())), atol=2e-9, rtol=1e-9)
+    assert len(gamma) < 700
 
 
 @pytest.mark.parametrize("s", [0.0, 1e-3, 0.5, 2.0, 3.99, 4.01, 10.0, 100.0])

@@ -1,0 +1,1 @@
+"""Reproductions: one folder a seed paper, each with a README, a run, and expected numbers with tolerances."""
