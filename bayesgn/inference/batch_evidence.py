@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,7 +133,8 @@ def cooled(steps: int) -> Callable:
 def follow_batches(search: Any, make: Callable | None, steps: int, size: int, generator: torch.Generator | None, progress: bool | None) -> None:
     """A natural-gradient step for the belief and a step of the optimizer for the hyper-parameters, both from one batch, again and again."""
     posterior, free, trace = search.posterior, search.free, search.trace
-    made = (make or cooled(steps))(free.parameters)
+    z = None if make is not None else torch.nn.Parameter(torch.from_numpy(free.read()))  # log hyper-parameters, where the choice is ours
+    made = make(free.parameters) if make is not None else cooled(steps)([z])
     optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
     held = HeldBelief(posterior.with_sites(posterior.sites))
     lr = min(1.0, max(0.1, size / posterior.num_data))  # a tenth, or what part of the data is seen
@@ -153,17 +155,26 @@ def follow_batches(search: Any, make: Callable | None, steps: int, size: int, ge
                 if not math.isfinite(value) or not all(bool(g.isfinite().all()) for g in gradient):
                     if trace.evidence:
                         free.write(good)
+                        if z is not None:
+                            z.data.copy_(torch.from_numpy(good))
                         for group in optimizer.param_groups:
                             group["lr"] *= 0.5
                         log.warning("the bound or its slope is not finite on a batch; back by a step, and on with half the step size")
                         continue
                     raise FloatingPointError(f"the bound is {value} on the first batch, or its slope is not finite; run bgn.bayes_newton first.")
                 good = free.read()
+                slope = free.chain(good, list(gradient))
+                search.steepest = np.fmax(search.steepest, np.abs(slope))
                 trace.note(free.values(), value, None if log_p is None else log_p.item())
-                for p, g in zip(free.parameters, gradient, strict=True):
-                    p.grad = -g.to(p)
+                if z is not None:
+                    z.grad = -torch.from_numpy(slope)
+                else:
+                    for p, g in zip(free.parameters, gradient, strict=True):
+                        p.grad = -g.to(p)
                 held.renew(batch, lr)
                 optimizer.step()
+                if z is not None:
+                    free.write(z.detach().numpy())
                 if scheduler is not None:
                     scheduler.step()
                 bar.update()

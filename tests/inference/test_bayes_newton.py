@@ -345,7 +345,7 @@ def test_counts_of_a_thousand_from_a_flat_start(rule):
     assert (posterior.marginals().mean[:, 0] - torch.sin(x) - 6.5).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("rule", HARD[:-1], ids=repr)
+@pytest.mark.parametrize("rule", HARD[:-2], ids=repr)  # the last two linearise the mean of y, and learn nothing about its noise
 def test_noise_that_spans_orders_of_magnitude(rule):
     x = torch.linspace(0, 10, 40, dtype=D)
     f = torch.sin(x)

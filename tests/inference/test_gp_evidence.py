@@ -15,6 +15,7 @@ import torch
 import bayesgn as bgn
 from bayesgn import likelihoods, models, rules
 from bayesgn.inference import fixed_point, gp_evidence
+from bayesgn.inference.batch_evidence import HeldBelief
 from bayesgn.inference.fixed_point import gmres, settle
 from bayesgn.inference.gp_evidence import Search
 from bayesgn.inference.hyperparameters import Hyperparameters, log_prior
@@ -494,6 +495,68 @@ def test_a_torch_optimizer_comes_to_the_same_optimum(optimizer, steps, rule):
     assert posterior.log_evidence().item() == pytest.approx(wanted.evidence[-1], abs=1e-3)
     for name, values in wanted.hyperparameters.items():
         assert math.log(trace.hyperparameters[name][-1]) == pytest.approx(math.log(values[-1]), abs=0.03)
+
+
+# -- batches ------------------------------------------------------------------------------------------------------------------
+
+
+def many(latents: int):
+    g = torch.Generator().manual_seed(0)
+    x = 10 * torch.rand(600, 1, dtype=D, generator=g)
+    means = [gpytorch.means.ConstantMean().double() for _ in range(latents)]
+    model = models.SparseGP([matern() for _ in range(latents)], torch.linspace(0, 10, 12, dtype=D), means, learn_inducing=True)
+    if latents == 1:
+        return model, likelihoods.Poisson(), (x, torch.poisson((1 + torch.sin(x[:, 0])).exp(), generator=g))
+    noise = torch.randn(len(x), dtype=D, generator=g) * (0.2 + x[:, 0] / 10)
+    return model, likelihoods.HeteroscedasticGaussian(), (x, torch.sin(x[:, 0]) + noise)
+
+
+@pytest.mark.parametrize("latents", [1, 2])
+def test_the_bound_of_a_held_belief_is_the_settled_evidence(latents):
+    model, likelihood, data = many(latents)
+    # Where the belief is optimal, which it is where the curvature is exact: for counts Gauss-Newton is.
+    rule = rules.Variational() if latents == 1 else rules.Variational(rules.Exact())
+    posterior = bgn.bayes_newton(model, likelihood, data, rule, steps=500, tol=1e-11)
+    held, everything = HeldBelief(posterior), torch.arange(posterior.num_data)
+    bound, batch = held.bound(everything)
+    evidence = posterior.log_evidence()
+    assert bound.item() == pytest.approx(evidence.item(), abs=1e-8)
+    if latents == 1:  # with two, blocks that were made PSD leave a slope in the sites
+        parameters = [p for p in posterior.model.parameters() if p.requires_grad]
+        for a, b in zip(*(torch.autograd.grad(value, parameters, retain_graph=True) for value in (bound, evidence)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    # Halves of the data: their mean is the whole, and a whole step of the belief leaves it where it is.
+    halves = [held.bound(part)[0].item() for part in everything.split(len(everything) // 2)]
+    assert sum(halves) / 2 == pytest.approx(bound.item(), abs=1e-8)
+    before = held.sums
+    held.renew(batch, 1.0)
+    for a, b in zip(before[:2], held.sums[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
+
+
+def test_batches_come_close_to_the_optimum_of_all_data():
+    model, likelihood, data = many(1)
+    model.inducing_points.requires_grad_(False)
+    whole, parts = (bgn.bayes_newton(model, likelihood, data, rules.Variational()) for _ in range(2))
+    wanted = bgn.maximize_evidence(whole)
+    trace = bgn.maximize_evidence(parts, steps=200, batch_size=100, generator=torch.Generator().manual_seed(0))
+    assert trace.steps == 199 and trace.reason == "all 200 steps were taken"
+    assert wanted.evidence[0] + 0.9 * (wanted.evidence[-1] - wanted.evidence[0]) < parts.log_evidence().item() < wanted.evidence[-1]
+    # The sites are settled: another turn changes nothing.
+    torch.testing.assert_close(parts.turn()[0].log_evidence(), parts.log_evidence(), rtol=0, atol=1e-6)
+    again = bgn.bayes_newton(model, likelihood, data, rules.Variational())
+    bgn.maximize_evidence(again, steps=200, batch_size=100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.model.kernels[0].raw_outputscale, parts.model.kernels[0].raw_outputscale)
+
+
+@pytest.mark.parametrize("model, rule", [(models.GP(matern()), rules.Variational()), (models.SparseGP(matern(), TIMES), rules.PowerEP(0.5))])
+def test_batches_are_refused_where_there_are_none(model, rule):
+    likelihood, data = counts()
+    posterior = bgn.bayes_newton(model, likelihood, data, rule, steps=2)
+    with pytest.raises(ValueError, match="batch_size=10 is for models.SparseGP under rules.Variational"):
+        bgn.maximize_evidence(posterior, batch_size=10)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        bgn.maximize_evidence(posterior, batch_size=0)
 
 
 def test_random_curvatures_draw_the_same_at_every_turn():
