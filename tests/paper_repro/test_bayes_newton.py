@@ -60,5 +60,5 @@ def test_product_reaches_the_paper():
 @pytest.mark.slow
 def test_regression_network_reaches_the_paper():
     belief = had(regression_network.start, rules.Variational(cubature=rules.Unscented(5)))
-    record, _ = common.run(belief, 100, regression_network.LR, lambda _: 0.0, every=50)
+    record, _ = common.run(belief, regression_network.STEPS, regression_network.LR, lambda _: 0.0, every=50)
     assert record.last[0] <= -13
