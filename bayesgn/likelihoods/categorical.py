@@ -141,8 +141,10 @@ class Categorical(Likelihood):
 
     def ggn(self, f, y=None):
         p = f.softmax(-1)
-        p_t = p * self._total(f, y).unsqueeze(-1)
-        return torch.diag_embed(p_t) - p_t.unsqueeze(-1) * p.unsqueeze(-2)
+        # p_i (1 − p_i) = Σ_{j≠i} p_i p_j: without the subtraction from p, which leaves a saturated softmax indefinite by rounding.
+        other = 1 - torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+        cross = (p * self._total(f, y).unsqueeze(-1)).unsqueeze(-1) * p.unsqueeze(-2) * other
+        return torch.diag_embed(cross.sum(-1)) - cross
 
     def ggn_root(self, f, y=None):
         # (diag √p − p √pᵀ)(diag √p − √p pᵀ) = diag p − 2 p pᵀ + p (Σ p) pᵀ = diag p − p pᵀ;  √p from the logits, finite where p underflows.

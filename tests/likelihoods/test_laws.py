@@ -7,6 +7,7 @@ import torch
 import torch.distributions as td
 
 from bayesgn import likelihoods as L
+from bayesgn._psd import psd_root
 
 from .families import BY_NAME, FAMILIES, R3, W32, D, R
 
@@ -216,3 +217,9 @@ def test_statistics_of_rows_missing_in_part():
     (slope,) = torch.autograd.grad(lik.log_prob_of(stats), lik.raw_noise)
     whole = [0, 2, 3, 5]
     close(slope, torch.autograd.grad(lik.log_prob(f[whole], y[whole]).sum(), lik.raw_noise)[0].tril())
+
+
+def test_a_saturated_softmax_has_a_psd_curvature():
+    f = 40 * torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    S = psd_root(L.Categorical().ggn(f))
+    torch.testing.assert_close(S @ S.mT, L.Categorical().ggn_root(f) @ L.Categorical().ggn_root(f).mT)
