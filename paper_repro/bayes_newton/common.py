@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +110,26 @@ def table(rows: dict[str, list[str]], head: list[str]) -> str:
     width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width)) + " |" for line in lines]
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in width) + "|", *text[1:]])
+
+
+HEAD = ["−log evidence / nats", "NLPD / nats", "indefinite blocks", "sites left", "s / fold"]
+
+
+def summary(runs: dict[str, list[Run]]) -> tuple[str, dict[str, float]]:
+    """The table of all methods, mean ± standard deviation over folds, and the means by name for :func:`check`."""
+    rows, found = {}, {}
+    for name, several in runs.items():
+        energy, nlpd = (np.array([r.last[i] for r in several]) for i in (0, 1))
+        failed = next((r.note for r in several if r.note), "")
+        rows[name] = [
+            f"{energy.mean():.2f} ± {energy.std():.2f}" if not failed else "failed",
+            f"{nlpd.mean():.3f} ± {nlpd.std():.3f}" if not failed else failed,
+            f"{100 * np.mean([r.indefinite for r in several]):.0f} %",
+            str(sum(r.skipped for r in several)),
+            f"{np.mean([r.seconds for r in several]):.1f}",
+        ]
+        found |= {f"{name}: energy": float(energy.mean()), f"{name}: NLPD": float(nlpd.mean())}
+    return table(rows, HEAD), found
 
 
 def check(name: str, found: dict[str, float]) -> list[str]:

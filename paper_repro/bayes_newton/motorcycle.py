@@ -12,7 +12,7 @@ import torch
 
 import bayesgn as bgn
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, Run, methods, nlpd_of, run, table
+from paper_repro.bayes_newton.common import FIGURES, Run, methods, nlpd_of, run, summary
 
 STEPS, LR = 500, 0.3
 
@@ -37,21 +37,9 @@ def fit(rule: rules.Expansion, fold: int, steps: int = STEPS) -> tuple[Run, mode
 def reproduce(folds: int = 4, steps: int = STEPS) -> tuple[str, dict[str, float]]:
     """The table, and the numbers that expected.json speaks about; figures go to figures/."""
     runs = {name: [fit(rule, k, steps)[0] for k in range(folds)] for name, rule in methods().items()}
-    rows, found = {}, {}
-    for name, several in runs.items():
-        energy, nlpd = (np.array([r.last[i] for r in several]) for i in (0, 1))
-        failed = next((r.note for r in several if r.note), "")
-        rows[name] = [
-            f"{energy.mean():.2f} ± {energy.std():.2f}" if not failed else "failed",
-            f"{nlpd.mean():.3f} ± {nlpd.std():.3f}" if not failed else failed,
-            f"{100 * np.mean([r.indefinite for r in several]):.0f} %",
-            str(sum(r.skipped for r in several)),
-            f"{np.mean([r.seconds for r in several]):.1f}",
-        ]
-        found |= {f"{name}: energy": float(energy.mean()), f"{name}: NLPD": float(nlpd.mean())}
     draw_convergence(runs, "motorcycle")
     draw_fit()
-    return table(rows, ["−log evidence / nats", "NLPD / nats", "indefinite blocks", "sites left", "s / fold"]), found
+    return summary(runs)
 
 
 def draw_convergence(runs: dict[str, list[Run]], name: str) -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import gpytorch
 import matplotlib.pyplot as plt
-import numpy as np
 from torch.nn.functional import softplus
 
 import bayesgn as bgn
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, Run, methods, nlpd_of, run, table
+from paper_repro.bayes_newton.common import FIGURES, Run, methods, nlpd_of, run, summary
 from paper_repro.bayes_newton.motorcycle import draw_convergence, matern
 
 STEPS, LR = 300, 0.1
@@ -37,21 +36,9 @@ def fit(rule: rules.Expansion, fold: int, steps: int = STEPS) -> tuple[Run, mode
 
 def reproduce(folds: int = 1, steps: int = STEPS) -> tuple[str, dict[str, float]]:
     runs = {name: [fit(rule, k, steps)[0] for k in range(folds)] for name, rule in methods().items()}
-    rows, found = {}, {}
-    for name, several in runs.items():
-        energy, nlpd = (np.array([r.last[i] for r in several]) for i in (0, 1))
-        failed = next((r.note for r in several if r.note), "")
-        rows[name] = [
-            f"{energy.mean():.1f}" if not failed else "failed",
-            f"{nlpd.mean():.3f}" if not failed else failed,
-            f"{100 * np.mean([r.indefinite for r in several]):.0f} %",
-            str(sum(r.skipped for r in several)),
-            f"{np.mean([r.seconds for r in several]):.1f}",
-        ]
-        found |= {f"{name}: energy": float(energy.mean()), f"{name}: NLPD": float(nlpd.mean())}
     draw_convergence(runs, "product")
     draw_fit()
-    return table(rows, ["−log evidence / nats", "NLPD / nats", "indefinite blocks", "sites left", "s / fold"]), found
+    return summary(runs)
 
 
 def draw_fit() -> None:

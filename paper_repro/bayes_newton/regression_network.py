@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, Run, methods, run, table
+from paper_repro.bayes_newton.common import FIGURES, methods, run, summary
 from paper_repro.bayes_newton.motorcycle import matern
 
 STEPS, LR = 300, 0.3
@@ -30,33 +30,21 @@ def nlpd(belief: models.GaussianProcessPosterior) -> float:
     y = data.extra["y_test"]
     rows = ~y.isnan().all(-1)
     y = y[rows]
-    f = belief(data.x[rows])
     draws = belief.sample_outputs(data.x[rows], 200, generator=torch.Generator().manual_seed(0))
     mean, cov = belief.likelihood.conditional_moments(draws)
     normal = torch.distributions.Normal(mean, cov.diagonal(dim1=-2, dim2=-1).sqrt())
     log_p = normal.log_prob(y.nan_to_num()).logsumexp(0) - torch.tensor(float(len(draws))).log()
-    del f
     return -float(log_p[~y.isnan()].mean())
 
 
 def reproduce(folds: int = 1, steps: int = STEPS) -> tuple[str, dict[str, float]]:
-    rows, found, best = {}, {}, None
+    runs, beliefs = {}, {}
     for name, rule in methods(cubature=rules.Unscented(5)).items():
-        record: Run
-        record, belief = run(start(rule), steps, LR, nlpd, every=50)
-        energy, score = record.last
-        rows[name] = [
-            f"{energy:.2f}" if not record.note else "failed",
-            f"{score:.3f}" if not record.note else record.note,
-            f"{100 * record.indefinite:.0f} %",
-            str(record.skipped),
-            f"{record.seconds:.1f}",
-        ]
-        found |= {f"{name}: energy": energy, f"{name}: NLPD": score}
-        if name == "VI, Gauss-Newton":
-            best = belief
-    draw_fit(best)
-    return table(rows, ["−log evidence / nats", "NLPD / nats", "indefinite blocks", "sites left", "s"]), found
+        record, beliefs[name] = run(start(rule), steps, LR, nlpd, every=50)
+        runs[name] = [record]
+    draw_fit(beliefs["VI, Gauss-Newton"])
+    return summary(runs)
+
 
 
 def draw_fit(belief) -> None:
