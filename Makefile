@@ -10,10 +10,10 @@ ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMEXPR_NUM_TH
        TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow doctest tutorials repro lint format typecheck docs wheel clean
+.PHONY: help demo test slow doctest tutorials repro repro-quick lint format typecheck docs wheel clean
 
 help:  ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -38,8 +38,11 @@ doctest: $(VENV)/.stamp-test  ## every example in a docstring
 tutorials: $(VENV)/.stamp-test  ## run every tutorial; each ends in an assertion
 	@for script in $(wildcard tutorials/*.py); do echo "== $$script"; MPLBACKEND=Agg $(PY) "$$script" || exit 1; done
 
-repro: $(VENV)/.stamp-repro $(VENV)/.stamp-test  ## the reproductions of papers, compared with their expected numbers (half an hour)
-	$(ONE) $(PY) -m paper_repro.bayes_newton --check
+repro: $(VENV)/.stamp-repro  ## the reproductions of papers, compared with their expected numbers (an hour)
+	$(ONE) $(PY) -m paper_repro run all
+
+repro-quick: $(VENV)/.stamp-repro  ## small versions of them, under a minute each
+	$(ONE) $(PY) -m paper_repro run all --quick
 
 lint: $(VENV)/.stamp-lint $(VENV)/.stamp-test  ## ruff and pyright
 	$(PY) -m ruff check .

@@ -35,11 +35,13 @@ _VERBS = {
     "largest_variance": "bayesgn.models.subsets",
     "magnitude": "bayesgn.models.subsets",
     "random_subset": "bayesgn.models.subsets",
+    "shard": "bayesgn._distributed",
 }
-_ROOMS = ("datasets", "ggn", "inference", "likelihoods", "metrics", "models", "plots", "rules")
+_ROOMS = ("datasets", "ggn", "inference", "likelihoods", "metrics", "models", "optim", "plots", "rules")
 
 if TYPE_CHECKING:
-    from bayesgn import datasets, ggn, inference, likelihoods, metrics, models, plots, rules
+    from bayesgn import datasets, ggn, inference, likelihoods, metrics, models, optim, plots, rules
+    from bayesgn._distributed import shard
     from bayesgn.inference.bayes_newton import bayes_newton
     from bayesgn.inference.compare import compare
     from bayesgn.inference.evidence import maximize_evidence
@@ -67,9 +69,11 @@ __all__ = [
     "mixture",
     "models",
     "named",
+    "optim",
     "plots",
     "random_subset",
     "rules",
+    "shard",
     "train_with_evidence",
     "tune",
 ]

@@ -15,6 +15,10 @@ __all__ = ["eigabs", "eigclip", "psd_root", "safe_cholesky"]
 log = logging.getLogger("bayesgn")
 
 
+class NotPositiveDefiniteError(ValueError):
+    """A matrix that has no Cholesky factor: indefinite beyond rounding, or not finite."""
+
+
 def safe_cholesky(matrix: Tensor, max_jitter: float = 1e-4) -> Tensor:
     """Lower Cholesky factor L of matrix (or of matrix + jitter·I where rounding made it slightly indefinite, with a warning in the log).
 
@@ -36,7 +40,7 @@ def safe_cholesky(matrix: Tensor, max_jitter: float = 1e-4) -> Tensor:
         return L
     if not bool(matrix.isfinite().all()):
         bad = int((~matrix.isfinite()).sum())
-        raise ValueError(f"a matrix of shape {tuple(matrix.shape)} to be factored has {bad} NaN or infinite entries; "
+        raise NotPositiveDefiniteError(f"a matrix of shape {tuple(matrix.shape)} to be factored has {bad} NaN or infinite entries; "
                          "look for NaN or overflow in the data or in the net's output")
     scale = matrix.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -50,7 +54,7 @@ def safe_cholesky(matrix: Tensor, max_jitter: float = 1e-4) -> Tensor:
             return L
         jitter *= 10
     smallest = float(torch.linalg.eigvalsh(matrix.detach())[..., 0].min())
-    raise ValueError(f"a matrix of shape {tuple(matrix.shape)} is not positive definite (smallest eigenvalue {smallest:.3e}, jitter up to "
+    raise NotPositiveDefiniteError(f"a matrix of shape {tuple(matrix.shape)} is not positive definite (smallest eigenvalue {smallest:.3e}, jitter up to "
                      f"{max_jitter:.0e} did not help); use eigclip for an indefinite matrix, a larger prior precision or float64")
 
 

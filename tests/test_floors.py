@@ -15,10 +15,10 @@ PACKAGE = Path(bayesgn.__file__).parent
 DESIGN = PACKAGE.parent / "docs" / "design.md"
 
 FLOORS = {
-    "_psd": 0, "_parameters": 0, "_data": 0, "_files": 0, "_extras": 0,
+    "_psd": 0, "_parameters": 0, "_data": 0, "_files": 0, "_extras": 0, "_distributed": 0,
     "_kalman": 1, "likelihoods": 1, "metrics": 1, "datasets": 1,
     "rules": 2, "ggn": 2,
-    "models": 3,
+    "models": 3, "optim": 3,
     "inference": 4,
     "plots": 5, "demo": 5, "": 5,
 }  # fmt: skip

@@ -10,6 +10,7 @@ Shapes: tables, toys, images: x [n d] or [n 1 height width] and y [n 1] (regress
 
 from bayesgn.datasets.images import fashion_mnist, mnist
 from bayesgn.datasets.lookup import Dataset, DatasetUnavailable, Series, Text, find, folders, split
+from bayesgn.datasets.nist import NIST, NonlinearRegression, nist
 from bayesgn.datasets.series import (
     Folds,
     aircraft_accidents,
@@ -27,12 +28,15 @@ from bayesgn.datasets.series import (
     speech,
 )
 from bayesgn.datasets.tables import a1a, banana, digits, uci_classification, uci_regression
+from bayesgn.datasets.text import text
 from bayesgn.datasets.toys import sinusoid, two_moons
 
 __all__ = [
     "Dataset",
     "DatasetUnavailable",
     "Folds",
+    "NIST",
+    "NonlinearRegression",
     "Series",
     "Text",
     "a1a",
@@ -49,6 +53,7 @@ __all__ = [
     "mnist",
     "motorcycle",
     "motorcycle_folds",
+    "nist",
     "product",
     "python_docs",
     "rain_forest",
@@ -57,6 +62,7 @@ __all__ = [
     "sinusoid",
     "speech",
     "split",
+    "text",
     "two_moons",
     "uci_classification",
     "uci_regression",

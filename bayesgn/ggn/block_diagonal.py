@@ -27,6 +27,10 @@ class BlockCurvature(ABC):
     def with_prior(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
         """scale · H + P; ``prior`` is a scalar or [p]."""
 
+    def solver(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
+        """As :meth:`Curvature.solver`."""
+        return self.with_prior(prior, scale)
+
     @abstractmethod
     def eigenvalues(self) -> Tensor:
         """λ of H [...], in the weights' order for a diagonal (``diagonal = True``)."""
@@ -87,6 +91,11 @@ class DenseBlock(BlockCurvature):
             return CholeskyPrecision(scale * self.H + torch.diag(prior))
         eigenvalues, Q = self.eigen()
         return EigenPrecision(scale * eigenvalues + prior, Q)
+
+    def solver(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
+        if self._eigen is not None:
+            return self.with_prior(prior, scale)
+        return CholeskyPrecision(scale * self.H + torch.diag(prior.expand(len(self.H))))
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [p] and basis of H, worked out once: every prior and noise step afterwards costs p, not p³."""
@@ -234,6 +243,9 @@ class BlockDiagonal(Curvature):
         return BlockDiagonalPrecision(
             self.blocks, [part.with_prior(p, scale) for part, p in zip(self.parts, prior, strict=True)]
         )
+
+    def solver(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        return BlockDiagonalPrecision(self.blocks, [part.solver(p, scale) for part, p in zip(self.parts, prior, strict=True)])
 
     def spectrum(self) -> list[Spectrum]:
         return [Spectrum((i,), part.eigenvalues().reshape(-1), 0, part.diagonal) for i, part in enumerate(self.parts)]

@@ -242,6 +242,16 @@ class DualCurvature(Curvature):
             inverse = CholeskyInverse(eye + scale * self._weighted(rows, prior))
         return DualPrecision(self.blocks, rows, prior, scale, inverse)
 
+    def solver(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        if not shared(prior) or self._eigen is not None:
+            return self.with_prior(prior, scale)
+        rows, p = self.rows(), prior[0].to(self.zero)
+        if self._eigen is not None:  # (some leaves know the eigenvalues once the rows are made)
+            return self.with_prior(prior, scale)
+        eye = torch.eye(rows.m, dtype=self.zero.dtype, device=self.zero.device)
+        prior = [p] * len(prior)
+        return DualPrecision(self.blocks, rows, prior, scale, CholeskyInverse(eye + scale * self._weighted(rows, prior)))
+
     def _weighted(self, rows: Rows, prior: list[Tensor]) -> Tensor:
         """K = J̃ P⁻¹ J̃ᵀ: from the blocks' cached Gram matrices where a block has one precision, formed anew elsewhere."""
         if any(p.dim() > 0 for p in prior):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from bayesgn import _distributed
 from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPrecision
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, unflatten_weights
 from bayesgn.ggn.kron import KronBlock, Kronecker, KronPrecision
 from bayesgn.ggn.structure import Stream, accumulator, working
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class EigenKron(Kronecker):
@@ -45,21 +51,30 @@ class EigenKron(Kronecker):
 class EigenKronCurvature(BlockDiagonal):
     """Blocks in their Kronecker eigenbasis."""
 
-    def fit(self, stream: Stream) -> None:
+    def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
         rotated = [part for part in self.parts if isinstance(part, EigenKronBlock)]
         if any(part.fitted for part in rotated):
             raise ValueError(_NOT_ADDITIVE)
         for lin, S in stream:
             for part, f in zip(self.parts, lin.factors(S), strict=True):
                 (part.kron if isinstance(part, EigenKronBlock) else part).add(f)
+        first = BlockDiagonal(self.blocks, [part.kron if isinstance(part, EigenKronBlock) else part for part in self.parts])
+        if group is not None:
+            first.all_reduce(group)
         if not rotated:
             return
         for part in rotated:
             part.settle()
+            part.Q_a, part.Q_b = _distributed.from_first([part.Q_a, part.Q_b], group)  # (eigh may round otherwise elsewhere)
         for lin, S in stream:
             for part, f in zip(self.parts, lin.factors(S), strict=True):
                 if isinstance(part, EigenKronBlock):
                     part.add(f)
+        for part, h in zip(rotated, _distributed.all_sum([part.h for part in rotated], group), strict=True):
+            part.h = h
+
+    def all_reduce(self, group: ProcessGroup) -> None:
+        raise ValueError(_NOT_ADDITIVE)
 
     def add(self, factors: list[Factors]) -> None:
         raise ValueError(_NOT_ADDITIVE)

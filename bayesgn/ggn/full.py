@@ -48,6 +48,9 @@ class FullCurvature(Curvature):
     def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
         return FullPrecision(self.whole.with_prior(joined_prior(prior, self.blocks), scale))
 
+    def solver(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        return FullPrecision(self.whole.solver(joined_prior(prior, self.blocks), scale))
+
     def spectrum(self) -> list[Spectrum]:
         return [Spectrum(tuple(range(len(self.blocks))), self.whole.eigenvalues())]
 

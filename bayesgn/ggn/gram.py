@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bayesgn import _distributed
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.dual import DualCurvature, FactorRows, Rows
 from bayesgn.ggn.factors import Factors
 from bayesgn.ggn.keeping import Kept, compressed
+from bayesgn.ggn.sharded import ShardedRows
 from bayesgn.ggn.structure import Curvature, Stream, Structure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("bayesgn.ggn")
 
@@ -38,6 +45,8 @@ class Gram(Structure):
             data. Needs data that can be walked twice. Data added later (``posterior.condition``) are projected onto the Z of the
             first fit, so that adding is not the same as fitting all at once.
         seed: of the random choice.
+        sharded: for a fit by several processes (``group=``): each keeps the factors of its own data and works out its rows of K, where otherwise
+            all factors go to all. Less memory, and every answer of the posterior is then a joint one: all processes must ask for it.
 
     Raises:
         ValueError: for sizes below one, or both at once.
@@ -58,26 +67,29 @@ class Gram(Structure):
     "Stochastic marginal likelihood gradients using neural tangent kernels"; Quiñonero-Candela and Rasmussen (2005) for DTC.
     """
 
-    def __init__(self, subset: int | None = None, inducing: int | None = None, seed: int = 0) -> None:
+    def __init__(self, subset: int | None = None, inducing: int | None = None, seed: int = 0, sharded: bool = False) -> None:
         for name, value in (("subset", subset), ("inducing", inducing)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}; expected a number of data, at least 1, or None.")
         if subset is not None and inducing is not None:
             raise ValueError(f"subset={subset} and inducing={inducing} are two ways to be smaller; choose one.")
-        self.subset, self.inducing, self.seed = subset, inducing, seed
+        if sharded and (subset is not None or inducing is not None):
+            raise ValueError("sharded=True keeps all data in pieces, subset= and inducing= keep few data whole; choose one.")
+        self.subset, self.inducing, self.seed, self.sharded = subset, inducing, seed, sharded
 
     def start(self, blocks: list[Block], like: Tensor) -> Curvature:
         if self.inducing is not None:
             return InducingCurvature(blocks, like, Kept(self.inducing, self.seed))
-        return GramCurvature(blocks, like, Kept(self.subset, self.seed))
+        return GramCurvature(blocks, like, Kept(self.subset, self.seed), self.sharded)
 
 
 class GramCurvature(DualCurvature):
     """J̃ of the data seen (or of a random subset), exactly."""
 
-    def __init__(self, blocks: list[Block], like: Tensor, kept: Kept) -> None:
+    def __init__(self, blocks: list[Block], like: Tensor, kept: Kept, sharded: bool = False) -> None:
         super().__init__(blocks, like)
-        self.kept = kept
+        self.kept, self.sharded = kept, sharded
+        self.group: ProcessGroup | None = None  # among whose processes the rows of J̃ are spread
 
     @property
     def resumable(self) -> bool:
@@ -91,28 +103,59 @@ class GramCurvature(DualCurvature):
     def partial(self) -> bool:
         return self.kept.size is not None and self.kept.seen > self.kept.size
 
-    def fit(self, stream: Stream) -> None:
+    def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
+        self._check_whole()
+        if group is not None:
+            self.kept.draw_apart(group)
         for lin, S in stream:
             chosen = self.kept.draw(lin.n)
             if len(chosen):
                 self.kept.put(lin.factors(compressed(S)), chosen)
         self.forget()
+        if group is not None:
+            self.all_reduce(group)
         if self.partial:
             logger.info("Gram keeps %d of %d data: posterior and log-determinant are of those", self.kept.size, self.kept.seen)
 
     def add(self, factors: list[Factors]) -> None:
+        self._check_whole()
         self.kept.put(factors, self.kept.draw(factors[0].n))
         self.forget()
 
+    def all_reduce(self, group: ProcessGroup) -> None:
+        self._check_whole()
+        if self.sharded:
+            self.group = group
+        else:
+            self.kept.gather(group, self.blocks, self.zero)
+        self.forget()
+
+    def _check_whole(self) -> None:
+        if self.group is not None:
+            raise ValueError(_IN_PIECES)
+
+    def copy(self) -> Curvature:
+        memo: dict[int, object] = {id(b): b for b in self.blocks}
+        return copy.deepcopy(self, memo | {id(self.group): self.group})
+
     def make_rows(self) -> Rows:
+        if self.group is not None:
+            return ShardedRows(self.blocks, self.kept, self.zero, self.group)
         return FactorRows(self.blocks, self.kept.settle(), self.zero.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
+        self._check_whole()
         return self.kept.tensors()
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         self.kept.load(tensors, self.blocks, self.zero)
         self.forget()
+
+
+_IN_PIECES = (
+    "structure=ggn.Gram(sharded=True) leaves the factors of the data on the processes that saw them, so it cannot be saved, and no data can be "
+    "added. Use ggn.Gram(), which keeps all factors on every process, or fit all data at once."
+)
 
 
 class InducingCurvature(DualCurvature):
@@ -122,15 +165,25 @@ class InducingCurvature(DualCurvature):
         super().__init__(blocks, like)
         self.kept, self.W, self.T = kept, None, self.zero
 
-    def fit(self, stream: Stream) -> None:
+    def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
         if self.W is None:
+            if group is not None:
+                self.kept.draw_apart(group)
             for lin, S in stream:
                 chosen = self.kept.draw(lin.n)
                 if len(chosen):
                     self.kept.put(lin.factors(compressed(S)), chosen)
-            self._whiten()
+            if group is not None:
+                self.kept.gather(group, self.blocks, self.zero)
+            self._whiten(group)
+        before, self.T = self.T, torch.zeros_like(self.T)
         for lin, S in stream:
             self._accumulate(lin.factors(S))
+        self.T = before + _distributed.all_sum([self.T], group)[0]
+        self.forget()
+
+    def all_reduce(self, group: ProcessGroup) -> None:
+        raise ValueError("Gram(inducing=…) needs one set of inducing data for all processes: fit it with group=, on all data at once.")
 
     def add(self, factors: list[Factors]) -> None:
         if self.W is None:  # no walk came before: the inducing data are chosen among these
@@ -138,12 +191,14 @@ class InducingCurvature(DualCurvature):
             self._whiten()
         self._accumulate(factors)
 
-    def _whiten(self) -> None:
+    def _whiten(self, group: ProcessGroup | None = None) -> None:
         """W [m₀ m] with Wᵀ G Gᵀ W = I on the range of G."""
         inducing = FactorRows(self.blocks, self.kept.settle(), self.zero.dtype)
         κ, E = torch.linalg.eigh(sum(inducing.gram(i, self.zero + 1) for i in range(len(self.blocks))))
         good = κ > 1e-12 * κ[-1]
         self.W = E[:, good] * κ[good].rsqrt()
+        if group is not None:
+            self.W = _distributed.object_from(self.W.cpu(), group).to(self.zero)  # (eigh may round otherwise elsewhere)
         self.T = torch.zeros(self.W.shape[1], self.W.shape[1]).to(self.zero)
 
     def _accumulate(self, factors: list[Factors]) -> None:

@@ -45,6 +45,21 @@ def times(f: Factors, S: Tensor) -> Factors:
     return Dense(ST @ f.jacobian())
 
 
+def columns(f: Factors, part: slice) -> Factors:
+    """The factors of some of the columns of JᵀS.
+
+    Example:
+        >>> f = Linear(a=torch.tensor([[[[1.0, 2.0]]]]), δ=torch.tensor([[[[[1.0], [3.0]]]]]))  # one datum, two columns
+        >>> columns(f, slice(1, 2)).jacobian()
+        tensor([[[3., 6.]]])
+    """
+    if isinstance(f, (Linear, Embedding)):
+        return replace(f, δ=f.δ[..., part, :])
+    if isinstance(f, Masked):
+        return Masked(columns(f.inner, part), f.index)
+    return Dense(f.jacobian()[:, part])
+
+
 def bytes_held(f: Factors) -> int:
     """Memory of these factors as they are."""
     if isinstance(f, Masked):

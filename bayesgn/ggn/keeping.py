@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayesgn import _distributed
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Dense, Embedding, Factors, Linear, Masked
 from bayesgn.ggn.structure import working
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Kept:
@@ -18,7 +24,7 @@ class Kept:
     """
 
     def __init__(self, size: int | None, seed: int) -> None:
-        self.size, self.generator = size, torch.Generator().manual_seed(seed)
+        self.size, self.seed, self.generator = size, seed, torch.Generator().manual_seed(seed)
         self.seen = 0
         self.keys = torch.zeros(0, dtype=torch.float64)
         self.factors: list[Factors] | None = None
@@ -43,11 +49,14 @@ class Kept:
             factors = [f.rows(chosen.to(_device(f))) for f in factors]  # type: ignore[arg-type]
         self._pending.append([compact(f) for f in factors])
         if self.size is not None:  # bounded memory: forget those that fell out
-            joined = self.settle()
-            best = self.keys.argsort()[: self.size].sort().values
-            self.keys = self.keys[best]
-            if len(best) < joined[0].n:
-                self.factors = [f.rows(best.to(_device(f))) for f in joined]  # type: ignore[arg-type]
+            self._keep_best()
+
+    def _keep_best(self) -> None:
+        joined = self.settle()
+        best = self.keys.argsort()[: self.size].sort().values
+        self.keys = self.keys[best]
+        if len(best) < joined[0].n:
+            self.factors = [f.rows(best.to(_device(f))) for f in joined]  # type: ignore[arg-type]
 
     def settle(self) -> list[Factors]:
         """One set of factors for each block."""
@@ -72,10 +81,32 @@ class Kept:
         self._pending, self.factors, self.seen = [], None, int(tensors["seen"])
         if self.size is not None:
             self.keys = tensors["keys"].to("cpu", torch.float64)
-            self.generator.manual_seed(self.generator.initial_seed())
-            torch.rand(self.seen, generator=self.generator, dtype=torch.float64)  # go on where the saved one stopped
+            self._draw_from(self.generator.initial_seed())
         if self.seen:
             self.factors = [_factors(b, _local(tensors, i), like.device) for i, b in enumerate(blocks)]
+
+    def draw_apart(self, group: ProcessGroup | None) -> None:
+        """Let the keys of this process be independent of those of the others in ``group``."""
+        self._draw_from(_distributed.own_seed(self.seed, group))
+
+    def _draw_from(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+        torch.rand(self.seen, generator=self.generator, dtype=torch.float64)  # go on after the data seen
+
+    def of_all(self, i: int, group: ProcessGroup, block: Block, like: Tensor) -> list[Factors]:
+        """The factors of block ``i`` of every process that keeps any, in their order. Collective."""
+        own = _parts(self.settle()[i]) if self.seen else {}
+        return [_factors(block, found, like.device) for found in _distributed.gather_tensors(own, group, like) if found]
+
+    def gather(self, group: ProcessGroup, blocks: list[Block], like: Tensor) -> None:
+        """Keep what all processes keep, in their order, or the ``size`` of it with the smallest keys. Collective."""
+        lists = _distributed.gather_tensors(self.tensors(), group, like)
+        self.seen, self.factors = sum(int(found["seen"]) for found in lists), None
+        self._pending = [[_factors(b, _local(found, i), like.device) for i, b in enumerate(blocks)] for found in lists if int(found["seen"])]
+        if self.size is not None:
+            self.keys = torch.cat([found["keys"].to(self.keys) for found in lists])
+            self._keep_best()
+        self._draw_from(self.seed)
 
 
 def compressed(S: Tensor) -> Tensor:

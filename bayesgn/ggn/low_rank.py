@@ -7,16 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bayesgn import _distributed
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.dual import DualCurvature, DualPrecision, Rows
 from bayesgn.ggn.factors import Factors
 from bayesgn.ggn.lanczos import density, orthonormal
 from bayesgn.ggn.products import FactorProducts, Products
 from bayesgn.ggn.structure import Curvature, Precision, Spectrum, Stream, Structure
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class LowRank(Structure):
@@ -89,17 +94,34 @@ class LowRankCurvature(DualCurvature):
         self.λ, self.nodes, self.weights = (self.zero.new_zeros(0) for _ in range(3))
         self.τ = self.zero.new_zeros(len(self.U))
 
-    def fit(self, stream: Stream) -> None:
+    def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
         products = Products(stream, self.blocks, self.zero, self.options.memory, self.options.graph)
-        self._take(products, products.diagonal)
+        self._take(products, products.diagonal, group)
+
+    def all_reduce(self, group: ProcessGroup) -> None:
+        # Σ U diag(λ) Uᵀ over processes has a higher rank and is truncated again; what each left out adds up.
+        U, λ, kept = self.U, self.λ, {"nodes": self.nodes, "weights": self.weights}
+        kept = _distributed.gather_tensors(kept, group, self.zero)
+        self.nodes, self.weights = (torch.cat([found[name] for found in kept]) for name in ("nodes", "weights"))
+        (self.τ,) = _distributed.all_sum([self.τ], group)
+        self.U, self.λ = U[:, :0], λ[:0]
+        self._take(lambda V: U @ (λ[:, None] * (U.mT @ V)), U.square() @ λ, group)
 
     def add(self, factors: list[Factors]) -> None:
         batch = FactorProducts(self.blocks, factors, self.zero.dtype)
         diagonal = torch.cat([f.to(self.zero.dtype).square() for f in factors])
         self._take(lambda V: batch.rmatvec(batch.matvec(V)), diagonal)
 
-    def _take(self, new: Callable[[Tensor], Tensor], diagonal: Tensor) -> None:
-        """Truncate U diag(λ) Uᵀ + H_new, whose diagonal is known."""
+    def _take(self, new: Callable[[Tensor], Tensor], diagonal: Tensor, group: ProcessGroup | None = None) -> None:
+        """Truncate U diag(λ) Uᵀ + H_new, whose diagonal is known; H_new is a sum over the processes of ``group``."""
+        (diagonal,) = _distributed.all_sum([diagonal], group)
+        found = _distributed.led(new, lambda H: self._truncated(H, diagonal), group, self.zero)
+        self.λ, self.U, τ, nodes, weights = found
+        self.τ, self.nodes, self.weights = self.τ + τ, torch.cat([self.nodes, nodes]), torch.cat([self.weights, weights])
+        self.forget()
+
+    def _truncated(self, new: Callable[[Tensor], Tensor], diagonal: Tensor) -> list[Tensor]:
+        """λ, U, and of what they leave out the diagonal τ, nodes and weights."""
         o, U, λ = self.options, self.U, self.λ
 
         def H(V: Tensor) -> Tensor:
@@ -107,17 +129,16 @@ class LowRankCurvature(DualCurvature):
 
         diagonal = diagonal + U.square() @ λ
         generator = torch.Generator().manual_seed(o.seed)
-        found, self.U = largest(H, len(U), o.rank, o.oversample, o.walks, generator, like=self.zero)
-        self.λ, self.U = found.clamp_min(0), self.U.contiguous()
-        τ = (diagonal - self.U.square() @ self.λ).clamp_min(0)
+        found, Q = largest(H, len(U), o.rank, o.oversample, o.walks, generator, like=self.zero)
+        found, Q = found.clamp_min(0), Q.contiguous()
+        τ = (diagonal - Q.square() @ found).clamp_min(0)
+        nodes = weights = self.zero.new_zeros(0)
         if τ.sum() <= 1e-10 * diagonal.sum():  # nothing but rounding
             τ = torch.zeros_like(τ)
         elif o.tail:
-            nodes, weights = density(H, self.U, o.tail, 20, generator)
+            nodes, weights = density(H, Q, o.tail, 20, generator)
             weights = weights * (τ.sum() / (weights @ nodes))
-            self.nodes, self.weights = torch.cat([self.nodes, nodes]), torch.cat([self.weights, weights])
-        self.τ = self.τ + τ
-        self.forget()
+        return [found, Q, τ, nodes, weights]
 
     def make_rows(self) -> Rows:
         self._eigen = self.λ, None

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from bayesgn import _distributed
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import SLICE_ENTRIES, Factors
 from bayesgn.ggn.lanczos import quadrature, tridiagonal
 from bayesgn.ggn.products import Products
 from bayesgn.ggn.structure import Curvature, Precision, Stream, Structure, accumulator, randn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("bayesgn.ggn")
 
@@ -30,7 +35,9 @@ class MatrixFree(Structure):
     falls as 1/√probes. Weight variances are estimates from the same vectors. With ``probes`` ≥ p unit vectors take their
     place, and all of these are exact. Every covariance of a datum costs a solve for each output, so predict for few inputs.
 
-    The data stay where they are: they must be walkable again (no iterator), and what was handed in is not copied.
+    The data stay where they are: they must be walkable again (no iterator), and what was handed in is not copied. Of a fit by several processes
+    (``group=``) each multiplies by its own data and holds its own piece of every vector of the conjugate gradients; every answer of the
+    posterior is then a joint one, and all processes must ask for it.
 
     Args:
         tol: relative residual at which CG stops.
@@ -83,22 +90,54 @@ class MatrixFreeCurvature(Curvature):
         self.zero = torch.zeros((), dtype=accumulator(like), device=like.device)
         self.products: list[Products] = []
         self.warm: Tensor | None = None  # the last solves of the probes: the next step of tuning starts from them
+        self.group: ProcessGroup | None = None  # whose processes' products add up to H V
 
     @property
     def exact(self) -> bool:
         return True
 
-    def fit(self, stream: Stream) -> None:
+    def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
         """Take a stream in (another one adds to the first)."""
+        self._check_whole()
         self.products.append(Products(stream, self.blocks, self.zero, self.options.memory, self.options.graph))
+        if group is not None:
+            self.all_reduce(group)
+
+    def all_reduce(self, group: ProcessGroup) -> None:
+        """From here on H V is the sum of all processes' products. Collective, as is every answer."""
+        self._check_whole()
+        _distributed.check(group)
+        self.group = group
+
+    def _check_whole(self) -> None:
+        if self.group is not None:
+            raise ValueError(
+                "this H is spread over several processes, and data added to it would count once for each of them; fit all data at once with "
+                "group=, or use a structure that every process holds whole (ggn.Full, ggn.Kron, ggn.Gram(), ggn.LowRank, …)."
+            )
 
     def add(self, factors: list[Factors]) -> None:
+        self._check_whole()
         batch = [(_Given(factors), self.zero)]
         self.products.append(Products(batch, self.blocks, self.zero, self.options.memory, graph=False))  # type: ignore[arg-type]
 
     def __call__(self, V: Tensor) -> Tensor:
         """H V [p s]."""
+        return _distributed.all_sum([self.own(V)], self.group)[0]
+
+    def own(self, V: Tensor) -> Tensor:
+        """This process's part of the sum H V [p s]."""
         return sum((products(V) for products in self.products), torch.zeros_like(V))
+
+    def diagonal(self) -> Tensor:
+        """diag(H) [p]."""
+        own = sum((products.diagonal for products in self.products), self.zero.new_zeros(self.blocks[-1].where.stop))
+        return _distributed.all_sum([own], self.group)[0]
+
+    multiplies = True
+
+    def times(self, V: Tensor, scale: Tensor) -> Tensor:
+        return scale * self(V)
 
     def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
         P = torch.cat([p.to(self.zero).expand(b.numel) for p, b in zip(prior, self.blocks, strict=True)])
@@ -107,7 +146,7 @@ class MatrixFreeCurvature(Curvature):
     def copy(self) -> MatrixFreeCurvature:
         """An H of its own over the same streams: what is added to one is not in the other."""
         new = MatrixFreeCurvature(self.blocks, self.zero, self.options)
-        new.products = list(self.products)
+        new.products, new.group = list(self.products), self.group
         return new
 
     def tensors(self) -> dict[str, Tensor]:
@@ -143,20 +182,31 @@ class MatrixFreePrecision(Precision):
         B = v.reshape(-1, v.shape[-1]).to(self.P).mT
         return _Solve.apply(self, B, self.P, self.scale).mT.reshape(v.shape)
 
+    def solve_from(self, v: Tensor, start: Tensor) -> Tensor:
+        return self.cg(v[:, None].to(self.P), start[:, None].to(self.P))[:, 0]
+
     def cg(self, B: Tensor, start: Tensor | None = None) -> Tensor:
         """(s H + P)⁻¹ B for B [p s], without a graph."""
         with torch.no_grad():
-            s, P = self.scale, self.P
-            diagonal = s * sum(products.diagonal for products in self.H.products) + P
-            return conjugate_gradients(
-                lambda V: s * self.H(V) + P[:, None] * V, B, diagonal, self.options.tol, self.options.iterations, start
-            )
+            s, P, group, tol, iterations = self.scale, self.P, self.H.group, self.options.tol, self.options.iterations
+            diagonal = s * self.H.diagonal() + P
+            if group is None:
+                return conjugate_gradients(lambda V: s * self.H(V) + P[:, None] * V, B, diagonal, tol, iterations, start)
+            pieces = _distributed.Pieces(len(P), group)
+            own = pieces.own
+            start = None if start is None else start[own]
+
+            def M(V: Tensor) -> Tensor:
+                return s * pieces.sum(self.H.own(pieces.join(V))) + P[own, None] * V
+
+            return pieces.join(conjugate_gradients(M, B[own], diagonal[own], tol, iterations, start, group))
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         b = randn((count, len(self.P)), self.P, generator) * self.P.sqrt()
-        for products in self.H.products:
-            b = b + self.scale.sqrt() * products.noise(count, generator).mT
-        return self.solve(b)
+        if self.H.group is not None:  # the same draws for different data would be correlated
+            generator = _distributed.own_generator(generator, self.H.group, self.P.device)
+        noise = sum((products.noise(count, generator).mT for products in self.H.products), torch.zeros_like(b))
+        return self.solve(b + self.scale.sqrt() * _distributed.all_sum([noise], self.H.group)[0])
 
     def covariance(self, factors: list[Factors]) -> Tensor:
         k = factors[0].k
@@ -196,7 +246,11 @@ class MatrixFreePrecision(Precision):
             with torch.no_grad():
                 Z, c = self.probes()
                 root = self.P.rsqrt()[:, None]
-                α, β = tridiagonal(lambda V: self.scale * root * self.H(root * V), Z / Z.norm(dim=0), self.options.steps)
+
+                def lanczos(H: Callable[[Tensor], Tensor]) -> list[Tensor]:
+                    return list(tridiagonal(lambda V: self.scale * root * H(root * V), Z / Z.norm(dim=0), self.options.steps))
+
+                α, β = _distributed.led(self.H.own, lanczos, self.H.group, self.P)
                 θ, w = quadrature(α, β)
                 each = (w * torch.log1p(θ.clamp_min(0))).sum(1) * Z.square().sum(0)  # zᵀ log(I + A) z
                 error = 0.0 if c == 1.0 else float(each.std() / len(each) ** 0.5)
@@ -248,31 +302,43 @@ class _Logdet(torch.autograd.Function):
 
 
 def conjugate_gradients(
-    M: Callable[[Tensor], Tensor], B: Tensor, diagonal: Tensor, tol: float, iterations: int, start: Tensor | None = None
+    M: Callable[[Tensor], Tensor],
+    B: Tensor,
+    diagonal: Tensor,
+    tol: float,
+    iterations: int,
+    start: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """M⁻¹B for a positive definite M known by products, all columns of B [p s] at once, preconditioned by its diagonal [p].
 
-    Stops at ‖B − M X‖ ≤ tol ‖B‖ in every column; where it cannot, a warning in the log gives the worst relative residual.
+    Stops at ‖B − M X‖ ≤ tol ‖B‖ in every column; where it cannot, a warning in the log gives the worst relative residual. With a ``group``
+    each of its processes holds some of the rows of all vectors, M's answer included.
     """
+
+    def dots(*pairs: tuple[Tensor, Tensor]) -> list[Tensor]:  # over all rows, of which this process may hold a piece
+        return _distributed.all_sum_in_step([(a * b).sum(0) for a, b in pairs], group)
+
     X = torch.zeros_like(B) if start is None else start.clone()
     R = B.clone() if start is None else B - M(X)
-    target = tol * B.norm(dim=0)
     precond = diagonal.reciprocal()[:, None]
     Z = precond * R
-    D, ρ = Z, (R * Z).sum(0)
+    D = Z
+    ρ, size, R2 = dots((R, Z), (B, B), (R, R))
+    norm, target = R2.sqrt(), tol * size.sqrt()
     for _ in range(iterations):
-        active = R.norm(dim=0) > target
+        active = norm > target
         if not bool(active.any()):
             return X
         MD = M(D[:, active])
-        step = ρ[active] / (D[:, active] * MD).sum(0)
+        step = ρ[active] / dots((D[:, active], MD))[0]
         X[:, active] += step * D[:, active]
         R[:, active] -= step * MD
         Z = precond * R[:, active]
-        new = (R[:, active] * Z).sum(0)
+        new, R2 = dots((R[:, active], Z), (R[:, active], R[:, active]))
         D[:, active] = Z + (new / ρ[active]) * D[:, active]
-        ρ[active] = new
-    worst = float((R.norm(dim=0) / B.norm(dim=0).clamp_min(torch.finfo(B.dtype).tiny)).max())
+        ρ[active], norm[active] = new, R2.sqrt()
+    worst = float((norm / size.sqrt().clamp_min(torch.finfo(B.dtype).tiny)).max())
     if worst > tol:
         logger.warning(
             "conjugate gradients stopped after %d iterations at a relative residual of %.1e (asked for %.1e): raise iterations, "

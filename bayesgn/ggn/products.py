@@ -232,13 +232,12 @@ class Products:
 
     def __call__(self, V: Tensor) -> Tensor:
         """H V [p s] for V [p s]."""
-        return sum(batch.rmatvec(batch.matvec(V)) for batch in self.batches())  # type: ignore[return-value]
+        return sum((batch.rmatvec(batch.matvec(V)) for batch in self.batches()), torch.zeros_like(V))
 
     def noise(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Draws of N(0, H) [p count]: J̃ᵀ ε."""
-        return sum(  # type: ignore[return-value]
-            batch.rmatvec(randn((batch.m, count), self.diagonal, generator)) for batch in self.batches()
-        )
+        zero = self.diagonal.new_zeros(len(self.diagonal), count)
+        return sum((batch.rmatvec(randn((batch.m, count), self.diagonal, generator)) for batch in self.batches()), zero)
 
 
 def _bytes(batch: BatchProducts) -> int:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bayesgn import _distributed
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Factors
 from bayesgn.ggn.linearization import Linearization
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Stream = Iterable[tuple[Linearization, Tensor]]  # batches as (linearization, S) with Λ = SSᵀ; some structures walk it twice
 
@@ -58,6 +62,7 @@ class Curvature(ABC):
     """
 
     blocks: list[Block]
+    multiplies = False  # whether :meth:`times` answers
 
     @property
     def partial(self) -> bool:
@@ -74,10 +79,20 @@ class Curvature(ABC):
         """Whether :meth:`fit` is one walk that adds batch by batch, so that it can go on in the middle."""
         return type(self).fit is Curvature.fit
 
-    def fit(self, stream: Stream) -> None:
-        """Add all data of a stream; structures that need several passes override this."""
+    def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
+        """Add all data of a stream; structures that need several passes override this.
+
+        With a ``group`` of processes, every one of them with a stream of its own data, an empty H becomes that of all their data, on each.
+        """
         for lin, S in stream:
             self.add(lin.factors(S))
+        if group is not None:
+            self.all_reduce(group)
+
+    def all_reduce(self, group: ProcessGroup) -> None:
+        """H ← Σ H over the processes of ``group``: from each process's own data to all data, on every one of them. Collective."""
+        own = self.tensors()
+        self.load(_distributed.all_sum_of(own, group, like=next(iter(own.values()))))
 
     @abstractmethod
     def add(self, factors: list[Factors]) -> None:
@@ -86,6 +101,14 @@ class Curvature(ABC):
     @abstractmethod
     def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
         """scale · H + P, with P diagonal: a scalar or [p_block] tensor for every block."""
+
+    def solver(self, prior: list[Tensor], scale: Tensor) -> Precision:
+        """:meth:`with_prior` for a few solves only: by a factorisation where that would decompose, which costs ten times as much."""
+        return self.with_prior(prior, scale)
+
+    def times(self, V: Tensor, scale: Tensor) -> Tensor | None:
+        """scale · H V [p s] for V [p s]; None for a storage that does not multiply (the factors of the data then do)."""
+        return None
 
     def spectrum(self) -> list[Spectrum] | None:
         """Eigenvalues of H part by part, with which evidence tuning costs microseconds; None where they are not to be had."""
@@ -114,6 +137,10 @@ class Precision(ABC):
     @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
         """(scale · H + P)⁻¹ v for v [... p]."""
+
+    def solve_from(self, v: Tensor, start: Tensor) -> Tensor:
+        """:meth:`solve` for v [p] where ``start`` [p] is near the answer: an iterative solver begins there."""
+        return self.solve(v)
 
     @abstractmethod
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +11,9 @@ from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.rules import Laplace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def laplace(
@@ -21,6 +24,7 @@ def laplace(
     generator: torch.Generator | None = None,
     progress: bool | None = None,
     checkpoint: str | Path | Checkpoint | None = None,
+    group: ProcessGroup | None = None,
 ) -> NetworkPosterior:
     """The Gaussian posterior of a trained net, q(θ) = N(θ*, (Σ JᵀΛJ + P)⁻¹).
 
@@ -33,6 +37,8 @@ def laplace(
         progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
         checkpoint: a path (or a ``models.Checkpoint`` with a rhythm of its own): an interrupted fit is kept there, and the same
             call again goes on from it and ends with the same numbers.
+        group: several processes (``torchrun``) fit together: ``torch.distributed.group.WORLD``, and ``data`` is this process's part of the data
+            (``bgn.shard(dataset, group)``). Each gets the posterior of all of them. ``None``: this process alone, with all data.
 
     Returns:
         A posterior to call with new inputs; see :class:`bayesgn.models.NetworkPosterior`.
@@ -52,4 +58,4 @@ def laplace(
     """
     if not isinstance(model, Network):
         raise TypeError(f"model is a {type(model).__name__}; wrap the net first: models.Network(net).")
-    return model.condition(data, likelihood, rule, generator=generator, progress=progress, checkpoint=checkpoint)
+    return model.condition(data, likelihood, rule, generator=generator, progress=progress, checkpoint=checkpoint, group=group)

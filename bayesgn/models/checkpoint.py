@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from pathlib import Path
@@ -53,6 +54,12 @@ class Checkpoint:
         self.last = ""  # hash of the last of them
         self._walk: tuple[Any, Any, dict, dict] | None = None
         self._written = (0, 0.0)
+
+    def of_process(self, rank: int, size: int) -> Checkpoint:
+        """Of the same rhythm, for one of several processes that fit together: each has a file of its own."""
+        own = copy.copy(self)
+        own.path = self.path.with_name(f"{self.path.name}.{rank}of{size}")
+        return own
 
     def open(self, stream, curvature, header: dict, tensors: dict[str, Tensor]) -> None:
         """Begin, or take up, the walk of ``stream`` into ``curvature``; ``header`` and ``tensors`` say whose it is."""

@@ -7,11 +7,12 @@ import logging
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from bayesgn import _distributed, _files
 from bayesgn._parameters import ParameterVector, Selection, unwrap
 from bayesgn.ggn import Kron, Linearizer, Structure
 from bayesgn.likelihoods.base import Likelihood
@@ -22,6 +23,9 @@ from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.stream import Stream
 from bayesgn.models.weight_prior import WeightPrior
 from bayesgn.rules import Curvature, Expansion, Laplace, Sites
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger("bayesgn.models")
 
@@ -94,38 +98,60 @@ class Network:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
         checkpoint: str | Path | Checkpoint | None = None,
+        group: ProcessGroup | None = None,
     ) -> NetworkPosterior:
         """The posterior after one turn of ``rule`` over ``data`` at the trained weights.
 
-        ``checkpoint``, a path or a :class:`Checkpoint`, lets an interrupted walk go on where it stopped.
+        ``checkpoint``, a path or a :class:`Checkpoint`, lets an interrupted walk go on where it stopped. With a ``group`` of processes ``data`` is
+        this one's part, and each of them gets the posterior of all parts.
         """
-        rule = _check_rule(rule)
-        _check_likelihood(likelihood)
-        self._warn_of_mode()
-        like = next(iter(self.vector.tensors(self.net).values()))
-        stream = Stream(self.linearizer, likelihood, rule, data, generator, progress)
-        stream.begin()
-        curvature = self.structure.start(self.linearizer.blocks, like)
-        if checkpoint is not None:
-            from bayesgn.models._files import model_header
+        _distributed.check_group(group)
+        with _distributed.together(group):
+            rule = _check_rule(rule)
+            _check_likelihood(likelihood)
+            self._warn_of_mode()
+            like = next(iter(self.vector.tensors(self.net).values()))
+            stream = Stream(self.linearizer, likelihood, rule, data, generator, progress, group=group)
+            stream.begin()
+            if group is not None:
+                self._check_same(likelihood, rule, group)
+            curvature = self.structure.start(self.linearizer.blocks, like)
+            if checkpoint is not None:
+                from bayesgn.models._files import model_header
 
-            stream.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-            header, masks = model_header(self.linearizer, self.structure, rule, likelihood)
-            state = {f"likelihood.{k}": t for k, t in likelihood.state_dict().items()}
-            stream.checkpoint.open(stream, curvature, header, masks | state)
-        curvature.fit(stream)
-        if stream.checkpoint is not None:
-            stream.checkpoint.remove()
-        return NetworkPosterior(
-            self.linearizer,
-            curvature,
-            copy.deepcopy(likelihood),
-            copy.deepcopy(self.prior),
-            rule,
-            stream.statistics,
-            stream.count,
-            structure=self.structure,
-        )
+                checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+                stream.checkpoint = checkpoint if group is None else checkpoint.of_process(_distributed.rank(group), _distributed.size(group))
+                header, masks = model_header(self.linearizer, self.structure, rule, likelihood)
+                state = {f"likelihood.{k}": t for k, t in likelihood.state_dict().items()}
+                stream.checkpoint.open(stream, curvature, header, masks | state)
+            curvature.fit(stream, group)
+            stream.join()
+            if stream.checkpoint is not None:
+                stream.checkpoint.remove()
+            return NetworkPosterior(
+                self.linearizer,
+                curvature,
+                copy.deepcopy(likelihood),
+                copy.deepcopy(self.prior),
+                rule,
+                stream.statistics,
+                stream.count,
+                structure=self.structure,
+            )
+
+    def _check_same(self, likelihood, rule: Laplace, group: ProcessGroup) -> None:
+        """Every process must bring this net and these settings, or their sums would be of different things."""
+        from bayesgn.models._files import describe_net
+
+        what: dict[str, Any] = {f"the net's {name}": value for name, value in describe_net(self.net).items()}
+        what["the selection of weights"] = self.vector.names, _files.digest(self.vector.masks.values())
+        what["the plan of blocks"] = [(b.name, b.module is None, b.layout) for b in self.linearizer.blocks]
+        what["the rule"] = type(rule).__name__, type(rule.curvature).__name__
+        what["the structure"] = repr(self.structure)
+        what["the likelihood"] = repr(likelihood), _files.digest(likelihood.state_dict().values())
+        mean = self.prior.mean_vector(self.vector, self.vector.flatten(self.net))
+        what["the prior"] = repr(self.prior), _files.digest([*self.prior.of(self.linearizer.blocks), mean])
+        _distributed.check_same(what, group)
 
     def start(self, likelihood, data: Any, rule: Expansion | None = None, sites: Sites | None = None) -> LinearizedPosterior:
         """The belief before the first turn of ``bgn.bayes_newton``, in the model linearised at the trained weights, once and for all turns.

@@ -7,17 +7,20 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from bayesgn import _data
+from bayesgn import _data, _distributed
 from bayesgn.ggn.evaluation import close
 from bayesgn.ggn.linearization import Linearization, Linearizer
 from bayesgn.ggn.structure import accumulator, working
 from bayesgn.models.checkpoint import Checkpoint
 from bayesgn.rules import Laplace
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Two walks over the same data differ by rounding alone (other batches, another order), relative to the sum of sizes.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5}
@@ -33,6 +36,9 @@ class Stream:
 
     Random curvatures draw from a generator of the stream's own, seeded by one draw from ``generator`` (from torch's global one if
     none is given and the curvature is random); neither is touched afterwards.
+
+    With a ``group`` of processes the data are this process's part, possibly none. All plan the net on the same two data and draw apart from one
+    another; :meth:`join` adds up what they noted.
     """
 
     def __init__(
@@ -44,9 +50,11 @@ class Stream:
         generator: torch.Generator | None = None,
         progress: bool | None = None,
         checkpoint: Checkpoint | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.linearizer, self.likelihood, self.rule = linearizer, copy.deepcopy(likelihood), rule
-        self.data = _data.batches(data)
+        self.linearizer, self.likelihood, self.rule, self.group = linearizer, copy.deepcopy(likelihood), rule, group
+        _distributed.check_loader(data, group)
+        self.data = [] if group is not None and _no_rows(data) else _data.batches(data)
         self.once_only = isinstance(self.data, Iterator)
         self.progress, self.checkpoint = progress, checkpoint
         self._like = next(iter(linearizer.vector.tensors(linearizer.net).values()))  # tells device and dtype
@@ -56,10 +64,14 @@ class Stream:
             self._seed = int(seed), generator.device
         elif rule.curvature.random:
             self._seed = int(torch.randint(2**62, (), device="cpu")), self._like.device
+        if group is not None:
+            first, device = _distributed.object_from(self._seed, group), self._like.device if self._seed is None else self._seed[1]
+            self._seed = None if first is None else (_distributed.own_seed(first[0], group), device)
         self.generator = self._own_generator()  # of the first walk; a checkpoint keeps its state
         self.walks = 0
         self._walked = 0  # data of the first walk
         self._sums: Tensor | None = None  # of the first walk, see _digest
+        self._sizes = torch.zeros(())
         self._begun: Iterator | None = None
         self.count = 0  # data seen
         self.statistics: dict[str, Tensor] = {}
@@ -74,25 +86,34 @@ class Stream:
     def begin(self) -> None:
         """Plan the linearizer on the first batch, so that blocks are settled before a structure starts."""
         walk = iter(self.data)
-        skipped = []
+        skipped, x = [], None
         for batch in walk:
             if _data.len_of(batch[0]) == 0:
                 skipped.append(batch)
                 continue
-            _data.check_finite(batch[0], "x")
-            with _data.advice(batch[0], self._like):
-                self.linearizer.prepare(batch[0], self.likelihood.rows)
-            if not same_net(self.linearizer, batch[0], self.likelihood.rows):
-                raise ValueError(
-                    f"{type(self.linearizer.net).__name__} answers otherwise than when this Network was planned (a hook, or a module put in since); "
-                    "make a new one: Network(net, ...)."
-                )
+            x = batch[0]
             # The first walk goes on from here: a loader that draws from a stream would not give this batch again.
             self._begun = itertools.chain(skipped, [batch], walk)
-            return
-        if self.once_only:
+            break
+        x = x if self.group is None else self._two_of_all(x)
+        if x is None and self.once_only:
             raise ValueError("the iterator gave no data: it is empty or was walked before. Pass a DataLoader or a list of batches.")
-        raise ValueError(f"the loader gave no data ({len(skipped)} batches, 0 rows); there is nothing to condition on.")
+        if x is None:
+            raise ValueError(f"the loader gave no data ({len(skipped)} batches, 0 rows); there is nothing to condition on.")
+        _data.check_finite(x, "x")
+        with _data.advice(x, self._like):
+            self.linearizer.prepare(x, self.likelihood.rows)
+        if not same_net(self.linearizer, x, self.likelihood.rows):
+            raise ValueError(
+                f"{type(self.linearizer.net).__name__} answers otherwise than when this Network was planned (a hook, or a module put in since); "
+                "make a new one: Network(net, ...)."
+            )
+
+    def _two_of_all(self, x: Any) -> Any:
+        """The first two data of the first process that has any: blocks and engines are settled on them, by all alike."""
+        holders = [r for r, has in enumerate(_distributed.gather(x is not None, self.group)) if has]
+        two = None if x is None else _data.apply(_data.rows(x, slice(0, 2)), lambda t: t.detach().cpu())
+        return _distributed.object_from(two, self.group, holders[0]) if holders else None
 
     def __iter__(self) -> Iterator[tuple[Linearization, Tensor]]:
         if self.walks and self.once_only:
@@ -131,9 +152,25 @@ class Stream:
         if checkpoint is not None:
             checkpoint.close(index + 1)
         if first_walk:
-            self._walked, self._sums = seen, sums
+            self._walked, self._sums, self._sizes = seen, sums, sizes
         else:
             self._compare(seen, sums, sizes)
+
+    def join(self) -> None:
+        """Statistics and number of all processes' data. Raises where all handed in the same data, which would count that many times."""
+        if self.group is None:
+            return
+        own, sizes = (torch.zeros(()) if self._sums is None else self._sums).cpu(), self._sizes.cpu()
+        found = _distributed.gather((self.count, own), self.group)
+        tolerance = 1e-9 if self._like.dtype == torch.float64 else 1e-6
+        alike = [n == self.count > 0 and bool(((sums - own).abs() <= tolerance * sizes).all()) for n, sums in found]
+        if all(_distributed.gather(len(found) > 1 and all(alike), self.group)):
+            raise ValueError(
+                f"all {len(found)} processes handed in the same {self.count} data, which would count {len(found)} times. Hand each its part: "
+                "bgn.shard(dataset, group), or a DistributedSampler without repeated data. (To count equal parts, give them to one process.)"
+            )
+        self.count = sum(n for n, _ in found)
+        self.statistics = _distributed.all_sum_of(self.statistics, self.group, like=self._like)
 
     def _compare(self, seen: int, sums: Tensor | None, sizes: Tensor) -> None:
         """Raise where this walk met other data than the first."""
@@ -189,6 +226,11 @@ class Stream:
         except TypeError:
             total = None
         return tqdm(data, total=total, desc="curvature", unit="batch", leave=False, delay=0 if self.progress else 2)
+
+
+def _no_rows(data: Any) -> bool:
+    """A pair of tensors without rows: a process's part of data that are fewer than the processes."""
+    return isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor) and _data.tensors(data[0]) != [] and len(data[1]) == 0
 
 
 def _digest(f: Tensor, S: Tensor) -> Tensor:

@@ -27,10 +27,12 @@ class Curvature(ABC):
     Attributes:
         random: whether :meth:`root` draws; it is then always given a generator, and the same one at every walk over the data.
         exact: whether Λ is the Hessian wherever that is PSD.
+        targets: whether :meth:`root` needs y for more than what is missing.
     """
 
     random = False
     exact = False
+    targets = False
 
     @abstractmethod
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -97,6 +99,7 @@ class Exact(Curvature):
     """
 
     exact = True
+    targets = True
 
     def __init__(self, psd: Callable[[Tensor], Tensor] = eigclip) -> None:
         if not callable(psd):
@@ -126,6 +129,8 @@ class EmpiricalFisher(Curvature):
         >>> EmpiricalFisher().root(Bernoulli(), torch.zeros(2, 1), torch.tensor([[1.0], [0.0]])).flatten()  # y − p
         tensor([ 0.5000, -0.5000])
     """
+
+    targets = True
 
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return likelihood.gradient(f, y).reshape(f.shape[0], -1, 1)
@@ -251,6 +256,10 @@ class MeanField(Curvature):
     @property
     def exact(self) -> bool:  # type: ignore[override]
         return self.curvature.exact
+
+    @property
+    def targets(self) -> bool:  # type: ignore[override]
+        return self.curvature.targets
 
     def root(self, likelihood, f: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
         S = self.curvature.root(likelihood, f, y, generator)

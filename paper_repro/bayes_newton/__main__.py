@@ -11,7 +11,7 @@ import warnings
 import matplotlib
 
 from bayesgn.datasets import DatasetUnavailable
-from paper_repro.bayes_newton.common import check
+from paper_repro import frame
 
 EXPERIMENTS = ("motorcycle", "coal", "banana", "product", "regression_network")
 
@@ -36,7 +36,8 @@ def main() -> int:
             continue
         print(f"## {name}\n\n{text}\n\n{time.perf_counter() - began:.0f} s\n", flush=True)
         if arguments.check:
-            wrong += check(name, found)
+            rules = frame.expected("bayes_newton", quick=False)
+            wrong += frame.check({k: r for k, r in rules.items() if k.startswith(f"{name}: ")}, {f"{name}: {k}": v for k, v in found.items()})
     print("\n".join(wrong))
     return bool(wrong)
 

@@ -11,7 +11,8 @@ import torch
 
 import bayesgn as bgn
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, table
+from paper_repro.bayes_newton import common
+from paper_repro.bayes_newton.common import table
 
 RULES = {
     "Taylor (EKS)": rules.Taylor,
@@ -65,6 +66,6 @@ def draw(shown: dict, x: torch.Tensor, y: torch.Tensor) -> None:
         ax.scatter(*x.T, c=y, s=3, cmap="RdBu_r", edgecolors="k", linewidths=0.2)
         ax.set_title(name, fontsize=9)
     figure.colorbar(image, ax=axes, label="p(y = 1)")
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "banana.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / "banana.png", dpi=150)
     plt.close(figure)

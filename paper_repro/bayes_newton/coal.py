@@ -11,7 +11,8 @@ import torch
 
 import bayesgn as bgn
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, nlpd_of, table
+from paper_repro.bayes_newton import common
+from paper_repro.bayes_newton.common import nlpd_of, table
 
 RULES = {
     "Taylor (EKS)": rules.Taylor,
@@ -73,6 +74,6 @@ def draw(posterior, x: torch.Tensor, y: torch.Tensor, width: float) -> None:
         ax.plot([year] * int(count), -0.12 - 0.08 * np.arange(int(count)), "k|", ms=4)
     ax.set(xlabel="year", ylabel="disasters / year")
     ax.legend(frameon=False, fontsize=8)
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "coal.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / "coal.png", dpi=150)
     plt.close(figure)

@@ -1,8 +1,7 @@
-"""What all experiments share: the methods, one run of one method, tables, and the comparison with expected numbers."""
+"""What all experiments share: the methods, one run of one method, and tables."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -116,7 +115,7 @@ HEAD = ["−log evidence / nats", "NLPD / nats", "indefinite blocks", "sites lef
 
 
 def summary(runs: dict[str, list[Run]]) -> tuple[str, dict[str, float]]:
-    """The table of all methods, mean ± standard deviation over folds, and the means by name for :func:`check`."""
+    """The table of all methods, mean ± standard deviation over folds, and the means by name for expected.json."""
     rows, found = {}, {}
     for name, several in runs.items():
         energy, nlpd = (np.array([r.last[i] for r in several]) for i in (0, 1))
@@ -130,18 +129,3 @@ def summary(runs: dict[str, list[Run]]) -> tuple[str, dict[str, float]]:
         ]
         found |= {f"{name}: energy": float(energy.mean()), f"{name}: NLPD": float(nlpd.mean())}
     return table(rows, HEAD), found
-
-
-def check(name: str, found: dict[str, float]) -> list[str]:
-    """What differs from expected.json by more than the tolerance that stands beside each number."""
-    expected = json.loads((HERE / "expected.json").read_text()).get(name, {})
-    wrong = []
-    for key, entry in expected.items():
-        if key not in found:
-            wrong.append(f"{name}: {key} was not computed")
-        elif "at_most" in entry:
-            if not found[key] <= entry["at_most"]:
-                wrong.append(f"{name}: {key} is {found[key]:.4f}, expected at most {entry['at_most']}")
-        elif not abs(found[key] - entry["value"]) <= entry["tolerance"]:
-            wrong.append(f"{name}: {key} is {found[key]:.4f}, expected {entry['value']} ± {entry['tolerance']}")
-    return wrong

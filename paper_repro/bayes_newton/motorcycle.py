@@ -12,7 +12,8 @@ import torch
 
 import bayesgn as bgn
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, Run, methods, nlpd_of, run, summary
+from paper_repro.bayes_newton import common
+from paper_repro.bayes_newton.common import Run, methods, nlpd_of, run, summary
 
 STEPS, LR = 500, 0.3
 
@@ -65,8 +66,8 @@ def draw_convergence(runs: dict[str, list[Run]], name: str) -> None:
     axes[1, 0].set_ylim(np.quantile(last, 0.02) - 0.05, np.quantile(last, 0.95) + 0.2)
     axes[0, 0].set_ylabel("−log evidence / nats")
     axes[1, 0].set_ylabel("NLPD / nats")
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / f"{name}_convergence.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / f"{name}_convergence.png", dpi=150)
     plt.close(figure)
 
 
@@ -87,6 +88,6 @@ def draw_fit() -> None:
     ax.plot(data.x, data.y, "k.", ms=3)
     ax.set(xlabel="time (standardised)", ylabel="acceleration (standardised)")
     ax.legend(frameon=False, fontsize=8)
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "motorcycle_fit.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / "motorcycle_fit.png", dpi=150)
     plt.close(figure)

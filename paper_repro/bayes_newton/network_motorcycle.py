@@ -21,7 +21,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import bayesgn as bgn
 from bayesgn import datasets, ggn, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, nlpd_of, table
+from paper_repro.bayes_newton import common
+from paper_repro.bayes_newton.common import nlpd_of, table
 
 FIRST = 0.1  # prior precision of the first layer
 RULES = {
@@ -122,8 +123,8 @@ def draw(precision: float = 1.0) -> None:
         axes[3].plot(posteriors[name].trace.energy, label=name, lw=1.2)
     axes[3].set(xlabel="step", ylabel="log evidence / nats", xlim=(0, 40))
     axes[3].legend(fontsize=6, frameon=False)
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "network_motorcycle.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / "network_motorcycle.png", dpi=150)
     plt.close(figure)
 
 

@@ -11,7 +11,8 @@ from torch.nn.functional import softplus
 
 import bayesgn as bgn
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, Run, methods, nlpd_of, run, summary
+from paper_repro.bayes_newton import common
+from paper_repro.bayes_newton.common import Run, methods, nlpd_of, run, summary
 from paper_repro.bayes_newton.motorcycle import draw_convergence, matern
 
 STEPS, LR = 300, 0.1
@@ -58,6 +59,6 @@ def draw_fit() -> None:
         ax.set_ylabel(label)
         ax.legend(frameon=False, fontsize=7, loc="upper right")
     axes[-1].set_xlabel("x")
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "product_fit.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / "product_fit.png", dpi=150)
     plt.close(figure)

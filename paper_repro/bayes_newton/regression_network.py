@@ -11,7 +11,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from bayesgn import datasets, likelihoods, models, rules
-from paper_repro.bayes_newton.common import FIGURES, methods, run, summary
+from paper_repro.bayes_newton import common
+from paper_repro.bayes_newton.common import methods, run, summary
 from paper_repro.bayes_newton.motorcycle import matern
 
 STEPS, LR = 300, 0.3
@@ -61,6 +62,6 @@ def draw_fit(belief) -> None:
         ax.set_ylabel(f"output {k + 1}")
     axes[0].set_title("black: seen, red: held out", fontsize=9)
     axes[-1].set_xlabel("x")
-    FIGURES.mkdir(exist_ok=True)
-    figure.savefig(FIGURES / "regression_network_fit.png", dpi=150)
+    common.FIGURES.mkdir(exist_ok=True)
+    figure.savefig(common.FIGURES / "regression_network_fit.png", dpi=150)
     plt.close(figure)

@@ -148,6 +148,22 @@ def test_equals_dense_algebra(member, kind, name):
 
 
 @ALL
+@pytest.mark.parametrize("kind", PRIORS)
+def test_a_solver_solves_as_the_whole_precision_does(member, kind):
+    if kind == "per_weight" and not member.per_weight:
+        pytest.skip("this structure takes no prior per weight")
+    problem = PROBLEMS["conv"]
+    H, (_, prior, P) = member.dense(problem), prior_of(kind, problem)
+    v = draw(problem.p, seed=3)
+    with torch.no_grad():
+        wanted = torch.linalg.solve(1.7 * H + torch.diag(P), v)
+        fitted = problem.fit(member.structure)
+        for precision in (fitted.solver(prior, 1.7 * ONE), fitted.with_prior(prior, 1.7 * ONE), fitted.solver(prior, 1.7 * ONE)):
+            close(precision.solve(v), wanted)  # before and after H was decomposed
+            close(precision.solve_from(v, wanted + 0.1 * v), wanted)
+
+
+@ALL
 def test_draws_have_the_covariance(member):
     problem = PROBLEMS["conv"]
     with torch.no_grad():
