@@ -54,8 +54,9 @@ def safe_cholesky(matrix: Tensor, max_jitter: float = 1e-4) -> Tensor:
             return L
         jitter *= 10
     smallest = float(torch.linalg.eigvalsh(matrix.detach())[..., 0].min())
-    raise NotPositiveDefiniteError(f"a matrix of shape {tuple(matrix.shape)} is not positive definite (smallest eigenvalue {smallest:.3e}, jitter up to "
-                     f"{max_jitter:.0e} did not help); use eigclip for an indefinite matrix, a larger prior precision or float64")
+    raise NotPositiveDefiniteError(
+        f"a matrix of shape {tuple(matrix.shape)} is not positive definite (smallest eigenvalue {smallest:.3e}, jitter up to {max_jitter:.0e} "
+        "did not help); use eigclip for an indefinite matrix, a larger prior precision or float64")
 
 
 def eigclip(matrix: Tensor) -> Tensor:

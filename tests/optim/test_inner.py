@@ -112,6 +112,7 @@ def function_of(name: str, net: nn.Module, x):
     return lambda weights: (lambda f: f[0] if name == "lstm" else f)(functional_call(net, dict(weights), (x,)))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # (the oracle's vmap)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("products, tolerance", [(optim.ForwardMode(), 1e-11), (optim.FiniteDifference(), 1e-5)])
 def test_tangent_products_are_those_of_the_dense_jacobian(name, products, tolerance):
@@ -322,6 +323,7 @@ def test_averages_of_the_path(averaging, share):
         torch.testing.assert_close(p - θ[i], sum(s * path[i] for s, path in zip(share, after)) / sum(share) - θ[i], atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:the step was not taken")
 def test_rates_are_the_product_of_the_recipe_the_cosine_and_the_scheduler():
     net, data = mlp(), labels(4)
     recipe, log = recorder(lr=0.2)
