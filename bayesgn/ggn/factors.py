@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from bayesgn.ggn import pairs
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -178,6 +180,25 @@ class Linear(Factors):
 
     def jacobian(self) -> Tensor:
         return self.flatten(self._outer())
+
+    @property
+    def paired(self) -> bool:
+        """Whether sums over pairs (:mod:`bayesgn.ggn.pairs`) are cheaper than J: no shared positions, and several columns."""
+        return self.t == 1 and self.g == 1 and self.k > 2
+
+    def full(self) -> Tensor:
+        if not self.paired:
+            return super().full()
+        return self._both(pairs.within(self.a[:, 0, 0], self.δ[:, 0, 0]), self)
+
+    def across(self, other: Linear) -> Tensor:
+        """Σ_n JᵀJ' [p p'] with another layer's factors, where both are paired."""
+        return self._both(pairs.across(self.a[:, 0, 0], self.δ[:, 0, 0], other.a[:, 0, 0], other.δ[:, 0, 0]), other)
+
+    def _both(self, M: Tensor, other: Linear) -> Tensor:
+        """[o i o' i'] -> [p p']."""
+        half = other.flatten(M.unsqueeze(2))  # [o i p']
+        return self.flatten(half.permute(2, 0, 1).unsqueeze(1)).mT
 
     def with_uses(self, others: list[Linear]) -> Linear:
         # Uses are shared positions.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayesgn.ggn.block_diagonal import BlockPrecision, DenseBlock
 from bayesgn.ggn.blocks import Block
-from bayesgn.ggn.factors import Factors
+from bayesgn.ggn.factors import Factors, Linear
 from bayesgn.ggn.structure import Curvature, Precision, Spectrum, Structure
 
 
@@ -97,6 +97,14 @@ class Concatenated(Factors):
 
     def jacobian(self) -> Tensor:
         return torch.cat([f.jacobian() for f in self.parts], dim=-1)
+
+    def full(self) -> Tensor:
+        parts = [f for f in self.parts if isinstance(f, Linear) and f.paired]
+        if len(parts) < len(self.parts):
+            return super().full()
+        rows = [[f.full() if i == j else f.across(g) if i < j else f.a.new_zeros(()) for j, g in enumerate(parts)] for i, f in enumerate(parts)]
+        rows = [[rows[i][j] if i <= j else rows[j][i].mT for j in range(len(parts))] for i in range(len(parts))]
+        return torch.cat([torch.cat(row, dim=1) for row in rows])
 
     def with_uses(self, others: list[Concatenated]) -> Concatenated:
         return Concatenated([f.with_uses(list(rest)) for f, *rest in zip(self.parts, *(o.parts for o in others), strict=True)])

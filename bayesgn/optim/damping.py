@@ -34,11 +34,13 @@ class Damping(ABC):
         eigenvalues: whether :meth:`Quadratic.smallest_eigenvalue` will be asked for.
         products: whether :meth:`Quadratic.curvature` will be asked for directions that were not solved for.
         tries: how often a step may be proposed anew before the optimizer gives up (the weights then stay).
+        uphill: whether (> 0) a step may be accepted that raises the loss.
     """
 
     eigenvalues = False
     products = False
     tries = 1
+    uphill = 0.0
 
     @abstractmethod
     def propose(self, quadratic: Quadratic) -> Proposal:

@@ -295,6 +295,8 @@ class GaussNewton(torch.optim.Optimizer):
 
             along = partial(self._along, loss, θ, δ)
             rate, trial = (1.0, along(1.0)) if self.line_search is None else self.line_search(along, start, slope)
+            if rate == 0 and self.damping.uphill > 0:  # no rate lowers the loss, but the whole step may be worth a rise
+                rate, trial = 1.0, along(1.0)
             actual = start - trial if math.isfinite(trial) else -math.inf
             predicted = -(rate * slope + 0.5 * rate**2 * bend)
             ratio = actual / predicted if predicted > 0 else math.nan

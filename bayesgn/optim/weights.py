@@ -28,6 +28,7 @@ class Weights:
         self.net = net
         chosen = _groups(parameters)
         self.vector = ParameterVector.of(net, _joined(chosen))
+        self._own = self.vector.tensors(net)
         own, first = self.own(), _first_names(net)
         members = [set(own) if g["parameters"] is None else {first[n] for n in g["parameters"]} for g in chosen]
         self.groups = [
@@ -38,7 +39,7 @@ class Weights:
 
     def own(self) -> dict[str, nn.Parameter]:
         """The parameters themselves, by name."""
-        return self.vector.tensors(self.net)
+        return self._own
 
     @property
     def first(self) -> nn.Parameter:
@@ -84,6 +85,8 @@ class Weights:
 
     def spread(self, groups: list[dict[str, Any]], key: str) -> Tensor:
         """A number of each parameter group as a vector [p]."""
+        if len({group[key] for group in groups}) == 1:
+            return self.zero.new_full((self.vector.numel,), groups[0][key])
         out = self.zero.new_zeros(self.vector.numel)
         for group, places in zip(groups, self._places, strict=True):
             for where in places:

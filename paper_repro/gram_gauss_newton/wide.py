@@ -52,7 +52,7 @@ def data(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def gram_gauss_newton(width: int, seed: int, steps: int = 8, damping: float = 1e-10) -> Descent:
-    """δ = −Jᵀ (JJᵀ + N λ)⁻¹ (f − y), 50 unknowns whatever the width; λ is as small as rounding allows, √ε."""
+    """δ = −Jᵀ (JJᵀ + N λ)⁻¹ (f − y), 50 unknowns whatever the width; λ is about as small as rounding allows."""
     x, y = data(seed)
     net = TwoLayers(width, torch.Generator().manual_seed(1000 + seed))
     start = net.W.detach().clone()

@@ -309,6 +309,24 @@ def test_a_loss_that_cannot_fall_is_told_and_the_weights_stay():
     assert torch.equal(weights(net), before) and not opt.last.accepted and opt.last.rate == 0 and len(calls) == 3
 
 
+def test_a_line_search_leaves_the_choice_of_a_step_uphill_to_the_damping():
+    class Never(optim.LineSearch):
+        def __call__(self, loss, start, slope):
+            return 0.0, start
+
+    moved = {}
+    for uphill in (0.0, 1e9):
+        net, x, y = regression()
+        opt = optim.GaussNewton(net, gaussian(), damping=optim.LevenbergMarquardt(1e-2, uphill=uphill, tries=2), line_search=Never())
+        opt._step = opt.weights.flat() * 0 + 1.0
+        before = weights(net)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.step(x, y)
+        moved[uphill] = not torch.equal(weights(net), before)
+    assert moved == {0.0: False, 1e9: True}
+
+
 def test_a_step_into_infinity_is_rejected():
     class Log(nn.Module):
         def __init__(self) -> None:
