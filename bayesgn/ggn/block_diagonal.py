@@ -95,7 +95,9 @@ class DenseBlock(BlockCurvature):
     def solver(self, prior: Tensor, scale: Tensor) -> BlockPrecision:
         if self._eigen is not None:
             return self.with_prior(prior, scale)
-        return CholeskyPrecision(scale * self.H + torch.diag(prior.expand(len(self.H))))
+        M = scale * self.H
+        M.diagonal().add_(prior)
+        return CholeskyPrecision(M)
 
     def eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues [p] and basis of H, worked out once: every prior and noise step afterwards costs p, not p³."""

@@ -48,7 +48,8 @@ class IdentityCurvature(Curvature):
 
     def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
         for lin, S in stream:
-            lin.factors(S[..., :0])  # no columns of curvature: what watches the stream still gets its gradient
+            if getattr(lin, "slope", None) is not None:
+                lin.factors(S[..., :0])  # no columns of curvature: what watches the stream still gets its gradient
 
     def all_reduce(self, group: ProcessGroup) -> None:
         pass

@@ -183,15 +183,15 @@ class MatrixFreePrecision(Precision):
         return _Solve.apply(self, B, self.P, self.scale).mT.reshape(v.shape)
 
     def solve_from(self, v: Tensor, start: Tensor) -> Tensor:
-        return self.cg(v[:, None].to(self.P), start[:, None].to(self.P))[:, 0]
+        return self.cg(v[:, None].to(self.P), start[:, None].to(self.P), logging.INFO)[:, 0]  # (an optimizer's, which may well stop early)
 
-    def cg(self, B: Tensor, start: Tensor | None = None) -> Tensor:
+    def cg(self, B: Tensor, start: Tensor | None = None, level: int = logging.WARNING) -> Tensor:
         """(s H + P)⁻¹ B for B [p s], without a graph."""
         with torch.no_grad():
             s, P, group, tol, iterations = self.scale, self.P, self.H.group, self.options.tol, self.options.iterations
             diagonal = s * self.H.diagonal() + P
             if group is None:
-                return conjugate_gradients(lambda V: s * self.H(V) + P[:, None] * V, B, diagonal, tol, iterations, start)
+                return conjugate_gradients(lambda V: s * self.H(V) + P[:, None] * V, B, diagonal, tol, iterations, start, level=level)
             pieces = _distributed.Pieces(len(P), group)
             own = pieces.own
             start = None if start is None else start[own]
@@ -309,10 +309,11 @@ def conjugate_gradients(
     iterations: int,
     start: Tensor | None = None,
     group: ProcessGroup | None = None,
+    level: int = logging.WARNING,
 ) -> Tensor:
     """M⁻¹B for a positive definite M known by products, all columns of B [p s] at once, preconditioned by its diagonal [p].
 
-    Stops at ‖B − M X‖ ≤ tol ‖B‖ in every column; where it cannot, a warning in the log gives the worst relative residual. With a ``group``
+    Stops at ‖B − M X‖ ≤ tol ‖B‖ in every column; where it cannot, the log tells (at ``level``) the worst relative residual. With a ``group``
     each of its processes holds some of the rows of all vectors, M's answer included.
     """
 
@@ -340,8 +341,8 @@ def conjugate_gradients(
         ρ[active], norm[active] = new, R2.sqrt()
     worst = float((norm / size.sqrt().clamp_min(torch.finfo(B.dtype).tiny)).max())
     if worst > tol:
-        logger.warning(
-            "conjugate gradients stopped after %d iterations at a relative residual of %.1e (asked for %.1e): raise iterations, "
-            "tol or the prior precision", iterations, worst, tol,
+        logger.log(
+            level, "conjugate gradients stopped after %d iterations at a relative residual of %.1e (asked for %.1e): raise iterations, "
+            "tol or the prior precision (an optimizer's damping)", iterations, worst, tol,
         )  # fmt: skip
     return X

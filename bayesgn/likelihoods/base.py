@@ -149,6 +149,14 @@ class Likelihood(nn.Module, ABC):
     def moments(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of (each entry of) y given f; labels count as one-hot vectors, levels as numbers."""
 
+    def observed(self, f: Tensor, y: Tensor) -> Tensor:
+        """Which rows have a target [...], in part at least; the others count for nothing."""
+        y = self.targets(f, y)
+        if not y.is_floating_point():
+            return torch.ones(f.shape[:-1], dtype=torch.bool, device=f.device)
+        there = ~y.isnan()
+        return there if there.ndim < f.ndim else there.flatten(f.ndim - 1).any(-1)
+
     def response(self, f: Tensor, y: Tensor) -> Tensor:
         """y as the vector [... d] that :meth:`conditional_moments` are about: labels one-hot, levels as numbers, NaN where missing."""
         return self.targets(f, y).to(f)

@@ -161,6 +161,9 @@ class Categorical(Likelihood):
         p = f.softmax(-1)
         return p, p * (1 - p)
 
+    def observed(self, f, y):
+        return self._observed(f, y)[0]
+
     def response(self, f, y):
         """One-hot rows [... c], NaN where the label is missing."""
         observed, y = self._observed(f, y)

@@ -193,6 +193,9 @@ class FromDistribution(Likelihood):
             return probs, probs * (1 - probs)
         return p.mean, p.variance
 
+    def observed(self, f, y):
+        return self._observed(f, y)[0]
+
     def response(self, f, y):
         """y as [... d]: a single number gets a dimension, a Categorical's label becomes one-hot."""
         observed, y = self._observed(f, y)

@@ -122,6 +122,9 @@ class Ordinal(Likelihood):
     def latents_for(self, d):
         return 1
 
+    def observed(self, f, y):
+        return self._observed(f, y)[0]
+
     def response(self, f, y):
         """The level as a number [... 1], NaN where it is missing."""
         observed, y = self._observed(f, y)

@@ -29,8 +29,9 @@ class Batches:
 
     Attributes:
         loss: Σ −log p(y|f) over all rows.
+        noise: Σ |∂loss/∂f · f|, by which (times epsilon) the loss is uncertain.
         gradient: its gradient [p].
-        count: rows seen (data × positions).
+        count: rows seen (data × positions) that have a target.
         columns: columns of J̃ᵀ seen.
     """
 
@@ -40,7 +41,7 @@ class Batches:
         self.linearizer, self.likelihood, self.curvature, self.data, self.seed = linearizer, likelihood, curvature, data, seed
         like = next(iter(linearizer.vector.tensors(linearizer.net).values()))
         self.like = torch.zeros((), dtype=accumulator(like), device=like.device)
-        self.loss, self.gradient = self.like.clone(), self.like.new_zeros(linearizer.vector.numel)
+        self.loss, self.noise, self.gradient = self.like.clone(), self.like.clone(), self.like.new_zeros(linearizer.vector.numel)
         self.count = self.columns = self.walks = 0
         self.ranked = ranked
 
@@ -61,7 +62,9 @@ class Batches:
                 self.likelihood.validate(f, target)
                 if first:
                     with torch.no_grad():
-                        self.loss -= self.likelihood.log_prob(f, target).sum().to(self.loss)
+                        self.loss -= self.likelihood.log_prob(f.to(self.loss), target).sum()
+                        # What rounding of f leaves open in the loss, in units of the dtype's epsilon.
+                        self.noise += (self.likelihood.gradient(f, target) * f).abs().sum().to(self.loss)
                 yield self._curved(lin, f, target, generator, first)
 
     def _curved(
@@ -71,7 +74,7 @@ class Batches:
             S = self.curvature.root(self.likelihood, f, y, generator)  # type: ignore[arg-type]
             slope = None if y is None else -self.likelihood.gradient(f, y).reshape(lin.n, lin.r)
         if first:
-            self.count += f.shape[:-1].numel()
+            self.count += rows_of(self.likelihood, f, y)
             self.columns += S.shape[0] * (compressed(S) if self.ranked else S).shape[-1]
         return _Noted(lin, slope, self._note if first else None), S
 
@@ -109,6 +112,11 @@ class _Noted(Linearization):
         super().__init__(lin.output, lin.blocks, pull, lin.source)
 
 
+def rows_of(likelihood, f: Tensor, y: Tensor | None) -> int:
+    """Rows over which a mean loss is taken: missing ones do not count (all do, where no target is known)."""
+    return f.shape[:-1].numel() if y is None else int(likelihood.observed(f, y).sum())
+
+
 def loss_at(linearizer: Linearizer, likelihood, data: Iterable, weights: Mapping[str, Tensor] | None, like: Tensor) -> tuple[Tensor, int]:
     """Σ −log p(y|f) at other ``weights`` (the net's own for None), and the rows it is over; the net is not touched."""
     total, count = torch.zeros_like(like), 0
@@ -116,8 +124,9 @@ def loss_at(linearizer: Linearizer, likelihood, data: Iterable, weights: Mapping
         for x, y in data:
             x = linearizer.place(x)
             f = per_datum(likelihood.rows(call(linearizer.net, x, weights)), _data.len_of(x))
-            total -= likelihood.log_prob(f, y.to(f.device)).sum().to(like)
-            count += f.shape[:-1].numel()
+            y = y.to(f.device)
+            total -= likelihood.log_prob(f.to(like), y).sum()
+            count += rows_of(likelihood, f, y)
     return total, count
 
 
@@ -125,6 +134,8 @@ def captured(net: torch.nn.Module, closure: Callable[[], Any], seen: list[Any]) 
     """What ``closure`` returns; the inputs of its calls of ``net`` are added to ``seen``."""
 
     def note(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return  # a metric beside the loss
         if args and kwargs:
             raise TypeError(f"the closure called {type(module).__name__} with positional and keyword arguments; use one kind, or step(x, y).")
         x = kwargs if kwargs else args[0] if len(args) == 1 else args

@@ -79,9 +79,12 @@ class Curved(Quadratic):
 
     def solve(self, damping: float) -> Tensor:
         precision = self.held_in.solver(self._prior(damping), self.scale)
-        δ = precision.solve(-self.gradient) if self.guess is None else precision.solve_from(-self.gradient, self.guess)
+        δ = precision.solve_from(-self.gradient, torch.zeros_like(self.gradient) if self.guess is None else self.guess)
         self.guess = δ
         return δ
+
+    def solved(self, δ: Tensor, damping: float) -> float:
+        return self.curvature(δ) if self.held_in.multiplies else super().solved(δ, damping)  # (conjugate gradients may stop early)
 
     def curvature(self, δ: Tensor) -> float:
         decay = float((self.decay * δ.square()).sum())

@@ -18,6 +18,7 @@ from bayesgn._psd import NotPositiveDefiniteError
 from bayesgn.ggn import Full, Linearizer, Structure
 from bayesgn.likelihoods import Likelihood
 from bayesgn.optim.batches import Batches, captured, loss_at
+from bayesgn.optim.checks import check_kind
 from bayesgn.optim.curved import Curved
 from bayesgn.optim.damping import Damping, LevenbergMarquardt
 from bayesgn.optim.line_search import LineSearch
@@ -57,7 +58,7 @@ class Step(NamedTuple):
 class GaussNewton(torch.optim.Optimizer):
     """Gauss-Newton steps on the mean loss of a network.
 
-        loss(θ) = −1/N Σ log p(y_n | f(x_n; θ)) + ½ Σ weight_decay θ²
+        loss(θ) = −1/N Σ log p(y_n | f(x_n; θ)) + ½ Σ weight_decay θ²        over the N rows that have a target
         δ = −(1/N Σ JᵀΛJ + weight_decay + λD)⁻¹ ∂loss,      θ ← θ + lr · α · δ
 
     The arguments are independent of one another, and name the classical methods among them:
@@ -77,6 +78,7 @@ class GaussNewton(torch.optim.Optimizer):
 
     Every step is tried before it is taken: the loss is evaluated on the same batch at θ + αδ, without touching the net. A step that is not
     finite, or that the damping does not accept, is rejected; after ``damping.tries`` proposals a warning says so and the weights stay.
+    A row without a target (NaN, the label to ignore) is not counted in N; class weights do not enter N (torch's cross-entropy divides by their sum).
     The net is linearised in eval mode (dropout off, BatchNorm by its running statistics), and its mode and flags are left as they came.
 
     Args:
@@ -136,18 +138,20 @@ class GaussNewton(torch.optim.Optimizer):
         self.line_search, self.momentum, self.scaling = line_search, momentum, scaling
         self.likelihood, self.generator, self.group = likelihood, generator, group
         _distributed.check_group(group)
-        _check("net", net, nn.Module, "torch.nn.Module")
-        _check("likelihood", likelihood, Likelihood, "likelihood of bayesgn.likelihoods, e.g. likelihoods.Categorical()")
+        check_kind("net", net, nn.Module, "torch.nn.Module")
+        check_kind("likelihood", likelihood, Likelihood, "likelihood of bayesgn.likelihoods, e.g. likelihoods.Categorical()")
         if isinstance(curvature, Expansion):
             raise TypeError(f"curvature={curvature!r}; an optimizer expands at its weights: pass the curvature alone, {curvature.curvature!r}.")
-        _check("curvature", self.curvature, Curvature, "curvature of bayesgn.rules, e.g. rules.GaussNewton()")
-        _check("structure", self.structure, Structure, "structure of bayesgn.ggn, e.g. ggn.Layerwise")
-        _check("damping", self.damping, Damping, "damping of bayesgn.optim, e.g. optim.Constant(1e-3)")
+        check_kind("curvature", self.curvature, Curvature, "curvature of bayesgn.rules, e.g. rules.GaussNewton()")
+        check_kind("structure", self.structure, Structure, "structure of bayesgn.ggn, e.g. ggn.Layerwise")
+        check_kind("damping", self.damping, Damping, "damping of bayesgn.optim, e.g. optim.Constant(1e-3)")
         for name, value, kind in (("line_search", line_search, LineSearch), ("momentum", momentum, Momentum), ("scaling", scaling, Scaling)):
             if value is not None:
-                _check(name, value, kind, f"{kind.__name__} of bayesgn.optim")
-        if not lr > 0 or not weight_decay >= 0:
-            raise ValueError(f"lr={lr}, weight_decay={weight_decay}; expected lr > 0 and weight_decay ≥ 0.")
+                check_kind(name, value, kind, f"{kind.__name__} of bayesgn.optim")
+        if group is None and isinstance(net, nn.parallel.DistributedDataParallel) and torch.distributed.get_world_size(net.process_group) > 1:
+            raise ValueError("net is a DistributedDataParallel of several processes but group=None, so that each would take steps of its own; pass "
+                             "group=net.process_group.")  # fmt: skip
+        self._called = net if hasattr(net, "_orig_mod") else unwrap(net)  # what a closure calls (a compiled net does not call the hooks inside)
         self.net = unwrap(net)
         self.weights = Weights(self.net, parameters)
         self.linearizer = Linearizer(self.net, self.weights.vector, use_backpack)
@@ -156,6 +160,20 @@ class GaussNewton(torch.optim.Optimizer):
         self._step: Tensor | None = None  # the last accepted one [p]
         self.last: Step | None = None
         super().__init__(self.weights.groups, {"lr": float(lr), "weight_decay": float(weight_decay)})
+        for g in self.param_groups:
+            if not (0 < g["lr"] < math.inf and 0 <= g["weight_decay"] < math.inf):
+                raise ValueError(f"lr={g['lr']}, weight_decay={g['weight_decay']}; expected lr > 0 and weight_decay ≥ 0, both finite.")
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Parameter groups are given when the optimizer is made."""
+        if hasattr(self, "_complete"):
+            raise ValueError("the trained weights are settled when the optimizer is made; build a new one with parameters=[{...}, {...}].")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copies and pickles: all but the step to come, and a scheduler's wrapper around `step`.
+        return {k: v for k, v in vars(self).items() if k != "step"} | {"_curved": None, "_batches": []}
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -163,8 +181,12 @@ class GaussNewton(torch.optim.Optimizer):
         """One step; the mean penalised loss before it.
 
         ``step(x, y)`` on one batch, ``step(loader)`` on all batches of some data, ``step(closure)`` as with ``torch.optim.LBFGS`` (the
-        closure calls ``zero_grad()``, the net, a *mean* loss and ``backward()``; its gradient is taken as it stands, the curvature is the
-        likelihood's at the net's outputs), or ``step()`` after :meth:`accumulate`.
+        closure calls ``zero_grad()``, the net, the loss and ``backward()``), or ``step()`` after :meth:`accumulate`.
+
+        A closure's gradient is taken as it stands, the curvature is the likelihood's, so its loss must be the mean over rows of −log p(y|f), up
+        to a constant: ``F.cross_entropy`` for ``Categorical()``; for ``Gaussian(1.0)`` half the squared error summed over outputs,
+        ``0.5 * (f - y).square().sum(-1).mean()`` (``F.mse_loss`` is twice that, over the number of outputs, and would not settle). It cannot tell
+        missing rows, which then count in the curvature.
         """
         if closure is None and callable(x) and not isinstance(x, Tensor) and not hasattr(x, "__iter__"):
             closure = cast(Callable[[], Tensor], x)
@@ -192,16 +214,18 @@ class GaussNewton(torch.optim.Optimizer):
         The mean gradient of all so far, weight decay included, is written into ``.grad``, where it may be clipped before ``step()``.
         """
         self._warn_of_mode()
+        self.weights.check()
         with _distributed.together(self.group):
             pairs = list(_data.batches((x, y), batch_size=2**62) if y is not None else _data.batches(x))
             if not pairs:
                 raise ValueError("the data are empty (0 batches); there is nothing to learn from.")
             self._add(Batches(self.linearizer, self.likelihood, self.curvature, pairs, self._seed(), self.damping.eigenvalues))
-        gradient, loss, count = self._batches[0].gradient, self._batches[0].loss, self.weights.zero + self._batches[0].count
-        for b in self._batches[1:]:
-            gradient, loss, count = gradient + b.gradient, loss + b.loss, count + b.count
-        gradient, loss, count = self._sum([gradient, loss, count])
-        self._count, self._loss = int(count), loss / count
+        parts = [(b.gradient, b.loss, b.noise, self.weights.zero + b.count) for b in self._batches]
+        gradient, loss, noise, count = self._sum([torch.stack(part).sum(0) for part in zip(*parts, strict=True)])
+        if count == 0:
+            self._forget()
+            raise ValueError("no row of y has a target (all are NaN, or the label to ignore); there is nothing to learn from.")
+        self._count, self._loss, self._noise = int(count), loss / count, float(noise / count)
         self.weights.set_grad(gradient / count + self._decay() * self.weights.flat())
         return self._loss
 
@@ -217,8 +241,9 @@ class GaussNewton(torch.optim.Optimizer):
             raise ValueError("a closure's gradient is of this process's data alone; with group= use step(x, y).")
         if self.curvature.targets:
             raise TypeError(f"curvature={self.curvature!r} needs the targets, which a closure does not tell; use step(x, y).")
+        self.weights.check()
         own, seen = self.weights.own(), []
-        before = captured(self.net, closure, seen)
+        before = captured(self._called, closure, seen)
         if not isinstance(before, Tensor) or before.numel() != 1:
             raise TypeError(f"the closure returned {_data.describe(before)}; expected its loss, a tensor of one number.")
         if all(p.grad is None for p in own.values()):
@@ -249,6 +274,7 @@ class GaussNewton(torch.optim.Optimizer):
             self._count = int(self._sum([self.weights.zero + self._batches[0].count])[0])
             self.weights.set_grad(self._decay() * self.weights.flat(), add=True)
             grads.update({n: cast(Tensor, p.grad).clone() for n, p in own.items()})
+            self._noise = abs(float(before.detach()))
             return self._take(self._mean([(before.detach().to(self.weights.zero), 1)]) + self._penalty(None), loss)
         finally:
             self._forget()
@@ -278,11 +304,11 @@ class GaussNewton(torch.optim.Optimizer):
                 proposal = self.damping.propose(curved)
             except NotPositiveDefiniteError as error:
                 logger.info("proposal %d: %s", tries, error)
-                self.damping.learn(None, 0.0, -math.inf, 0.0)  # type: ignore[arg-type]
+                self.damping.learn(None, math.inf, -math.inf, 0.0)  # type: ignore[arg-type]
                 if tries == self.damping.tries:
                     raise ValueError(f"the damped system could not be solved: {error}; raise the damping ({self.damping!r}).") from error
                 continue
-            if self.momentum is not None and self._step is not None:
+            if self.momentum is not None and self._step is not None and tries == 1:  # damping does not shorten what is kept of the last step
                 proposal = cast(Momentum, self.momentum)(curved, proposal, self._step)
             λ = proposal.damping
             if not bool(proposal.δ.isfinite().all()):
@@ -298,13 +324,14 @@ class GaussNewton(torch.optim.Optimizer):
             if rate == 0 and self.damping.uphill > 0:  # no rate lowers the loss, but the whole step may be worth a rise
                 rate, trial = 1.0, along(1.0)
             actual = start - trial if math.isfinite(trial) else -math.inf
+            full = -(slope + 0.5 * bend)
             predicted = -(rate * slope + 0.5 * rate**2 * bend)
+            predicted = max(predicted, full) if rate > 1 else predicted  # beyond its own minimum the quadratic promises nothing
             ratio = actual / predicted if predicted > 0 else math.nan
             accepted = rate > 0 and math.isfinite(trial) and self.damping.accepts(actual, predicted, cosine)
-            full = -(slope + 0.5 * bend)
-            if not accepted and abs(full) <= 100 * eps * max(abs(start), eps):
+            if not accepted and abs(full) <= 100 * eps * max(self._noise, eps):
                 break  # the loss can fall no further in this dtype: nothing to learn from rounding
-            self.damping.learn(proposal, rate * curved.size(δ), actual if rate > 0 else -math.inf, predicted if rate > 0 else full)
+            self.damping.learn(proposal, (rate or 1.0) * curved.size(δ), actual if rate > 0 else -math.inf, predicted if rate > 0 else full)
             if accepted:
                 self._step = rate * δ
                 self.weights.assign(self.weights.shaped(θ + self._step))
@@ -400,24 +427,16 @@ class GaussNewton(torch.optim.Optimizer):
         own = state_dict.get("gauss_newton")
         if own is None:
             raise ValueError("this state_dict is not of a GaussNewton optimizer: it has no 'gauss_newton'.")
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "gauss_newton"})
-        self.damping.load_state_dict(own["damping"])
-        if self.scaling is not None and own["scaling"] is not None:
-            self.scaling.load_state_dict(own["scaling"])
         step = own["step"]
         if step is not None and step.shape != (self.weights.vector.numel,):
             raise ValueError(f"the saved step has {step.numel()} entries, this optimizer trains {self.weights.vector.numel} weights.")
+        self.damping.load_state_dict(own["damping"])
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "gauss_newton"})
+        if self.scaling is not None and own["scaling"] is not None:
+            self.scaling.load_state_dict(own["scaling"])
         self._step = None if step is None else step.to(self.weights.zero)
 
     def __repr__(self) -> str:
         options = [f"{self.curvature!r}", f"{self.structure!r}", f"{self.damping!r}"]
         options += [f"{k}={v!r}" for k in ("line_search", "momentum", "scaling") if (v := getattr(self, k)) is not None]
         return f"GaussNewton({self.weights.vector.numel} weights, {', '.join(options)})"
-
-
-def _check(name: str, value: Any, kind: type, expected: str) -> None:
-    if isinstance(value, kind):
-        return
-    if isinstance(value, type) and issubclass(value, kind):
-        raise TypeError(f"{name} is the class {value.__name__}; pass an object: {value.__name__}(...).")
-    raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected a {expected}.")

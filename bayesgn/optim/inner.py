@@ -17,6 +17,8 @@ from bayesgn import _data
 from bayesgn._parameters import unwrap
 from bayesgn.ggn.evaluation import aliases, at_rest, call
 from bayesgn.likelihoods import Likelihood
+from bayesgn.optim.batches import rows_of
+from bayesgn.optim.checks import check_kind
 from bayesgn.optim.inner_objectives import InnerObjective, Quadratized
 from bayesgn.optim.line_search import Grid, LineSearch
 from bayesgn.optim.muon import MuonRecipe
@@ -239,6 +241,12 @@ class GaussNewtonInner(torch.optim.Optimizer):
         carry: float = 0.0,
         lr: float = 1.0,
     ) -> None:
+        check_kind("net", net, nn.Module, "torch.nn.Module")
+        check_kind("likelihood", likelihood, Likelihood, "likelihood of bayesgn.likelihoods, e.g. likelihoods.Categorical()")
+        for name, value, kind in (("objective", objective, InnerObjective), ("blocks", blocks, Blocks), ("products", products, TangentProduct),
+                                  ("line_search", line_search, LineSearch), ("averaging", averaging, Averaging)):  # fmt: skip
+            if value is not None:
+                check_kind(name, value, kind, f"{kind.__name__} of bayesgn.optim")
         if steps is not None and steps < 1:
             raise ValueError(f"steps={steps}; expected at least one inner step, or None for one a micro-batch.")
         if not lr >= 0 or not 0 <= carry <= 1:
@@ -259,6 +267,9 @@ class GaussNewtonInner(torch.optim.Optimizer):
         self._inner_state: dict[str, Any] | None = None
         self._step: list[Tensor] | None = None  # the last one taken
         super().__init__(list(self.weights.values()), {"lr": lr})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "step"}  # for copies and pickles: all but a scheduler's wrapper
 
     # --- one outer step -----------------------------------------------------------------------------------------------------------------
     def step(self, batches: Iterable, held_out: Iterable | None = None) -> float:  # type: ignore[override]
@@ -311,9 +322,8 @@ class GaussNewtonInner(torch.optim.Optimizer):
         for k, (x, y) in enumerate(itertools.islice(data, K)):
             batch = x, y = self._here(x, y)
             f = self._outputs(x, θ)
-            if k == 0:
-                self.likelihood.validate(f.detach(), y)
-            total, rows = total + self._loss(f.detach(), y), rows + f.shape[:-1].numel()
+            self.likelihood.validate(f.detach(), y)
+            total, rows = total + self._loss(f.detach(), y), rows + rows_of(self.likelihood, f.detach(), y)
             self._gradients(x, y, f, θ, named, moved)
             for group, lr in zip(inner.param_groups, base, strict=True):
                 group["lr"] = lr * factor * self.schedule(k / K)
@@ -324,6 +334,8 @@ class GaussNewtonInner(torch.optim.Optimizer):
         if batch is None or k + 1 < K:
             came = 0 if batch is None else k + 1
             raise ValueError(f"{came} micro-batches came for {K} inner steps; pass as many, an endless iterator, or a smaller steps=.")
+        if rows == 0:
+            raise ValueError("no row of y has a target (all are NaN, or the label to ignore); there is nothing to learn from.")
         return total / rows, mean or [p.detach() for p in params], inner, batch
 
     def _gradients(self, x: Any, y: Tensor, f: Tensor, θ: dict[str, Tensor], params: Mapping[str, nn.Parameter], moved: bool) -> None:
@@ -352,8 +364,8 @@ class GaussNewtonInner(torch.optim.Optimizer):
             total, rows = 0.0, 0
             for x, y in held:
                 f = self._outputs(x, weights)
-                total, rows = total + self._loss(f, y), rows + f.shape[:-1].numel()
-            return total / rows
+                total, rows = total + self._loss(f, y), rows + rows_of(self.likelihood, f.detach(), y)
+            return total / max(rows, 1)
 
         before = loss(0.0)
         if not math.isfinite(length):

@@ -71,7 +71,11 @@ class RunningMax(Diagonal):
         self._largest: Tensor | None = None
 
     def __call__(self, diagonal: Tensor) -> Tensor:
-        self._largest = diagonal.clone() if self._largest is None else torch.maximum(self._largest, diagonal)
+        if self._largest is not None and self._largest.shape != diagonal.shape:
+            raise ValueError(
+                f"this RunningMax has seen {len(self._largest)} weights, now {len(diagonal)} came; give every optimizer one of its own."
+            )
+        self._largest = diagonal.clone() if self._largest is None else torch.maximum(self._largest.to(diagonal), diagonal)
         return super().__call__(self._largest)
 
     def state_dict(self) -> dict[str, Any]:

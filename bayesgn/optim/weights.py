@@ -41,6 +41,14 @@ class Weights:
         """The parameters themselves, by name."""
         return self._own
 
+    def check(self) -> None:
+        """Raise where the net's parameters are no longer those that are trained."""
+        replaced = [name for name, p in self.vector.tensors(self.net).items() if p is not self._own[name]]
+        if replaced:
+            raise RuntimeError(
+                f"{replaced[0]} of the net was replaced after the optimizer was made (load_state_dict with assign=True?); build a new optimizer."
+            )
+
     @property
     def first(self) -> nn.Parameter:
         """One of them: it tells device and dtype."""
@@ -57,7 +65,7 @@ class Weights:
 
     def shaped(self, θ: Tensor) -> dict[str, Tensor]:
         """θ [p] as tensors of the parameters' shapes and dtype."""
-        return self.vector.unflatten(θ.to(self.first.dtype), self.net)
+        return {name: t.to(self._own[name].dtype) for name, t in self.vector.unflatten(θ, self.net).items()}
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Tensor]) -> None:

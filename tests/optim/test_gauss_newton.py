@@ -445,6 +445,145 @@ def test_a_system_that_cannot_be_solved_is_told():
     assert torch.equal(weights(net), before) and opt.damping.λ == 64.0  # 1 · 2 · 4 · 8
 
 
+# -- what a reader of the code found ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [optim.LevenbergMarquardt, optim.TrustRegion, optim.Dogleg])
+def test_heavy_ball_does_not_stall_a_damping_that_learns(damping):
+    net, x, y = regression()
+    opt = optim.GaussNewton(net, gaussian(), damping=damping(), momentum=optim.HeavyBall(0.9))
+    taken = 0
+    for _ in range(25):
+        opt.step(x, y)
+        taken += opt.last.accepted
+    assert taken == 25 and mean_loss(net, x, y) < 0.5 * math.log(2 * math.pi) + 0.01
+
+
+@pytest.mark.parametrize("damping", [optim.TrustRegion, optim.Dogleg])
+def test_a_radius_survives_a_step_that_no_rate_improves(damping):
+    net, x, y = regression()
+    opt = optim.GaussNewton(net, gaussian(), damping=damping(1.0, tries=2), line_search=optim.Backtracking(tries=2))
+    loss = closure_of(opt, net, x, y)
+
+    def lying() -> Tensor:
+        value = loss()
+        for p in net.parameters():
+            p.grad.neg_()
+        return value
+
+    with pytest.warns(UserWarning, match="rejected"):
+        opt.step(lying)
+    assert opt.damping._radius > 0
+    opt.step(x, y)
+    assert opt.last.loss > 0
+
+
+@pytest.mark.parametrize("length", [5, 12])
+def test_padding_counts_for_nothing(length):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 5, 2, generator=g, dtype=torch.float64), torch.randint(3, (6, 5), generator=g)
+    likelihood = likelihoods.Categorical(ignore_index=-100)
+    padded = torch.cat([x, torch.zeros(6, length - 5, 2).double()], 1), torch.cat([y, torch.full((6, length - 5), -100)], 1)
+    steps = []
+    for data in ((x, y), padded):
+        net = regression()[0]
+        net[2] = nn.Linear(6, 3).double()
+        nn.init.constant_(net[2].weight, 0.1)
+        nn.init.zeros_(net[2].bias)
+        opt = optim.GaussNewton(net, likelihood, damping=optim.Constant(0.1), weight_decay=0.01)
+        steps.append((opt.step(*data), weights(net), opt.last.ratio))
+        wanted = torch.nn.functional.cross_entropy(net(data[0]).flatten(0, 1), data[1].flatten(), ignore_index=-100)
+        assert opt.last.trial == pytest.approx(float(wanted.detach()) + 0.005 * float(weights(net).square().sum()))
+    torch.testing.assert_close(steps[0], steps[1])
+
+
+def test_no_target_at_all_is_told():
+    net, x, y = regression()
+    with pytest.raises(ValueError, match="no row of y has a target"):
+        optim.GaussNewton(net, gaussian()).step(x, torch.full_like(y, math.nan))
+
+
+def test_float32_goes_as_far_as_its_rounding():
+    x = torch.linspace(-1, 1, 60)[:, None]
+    y = torch.sin(3 * x).expand(-1, 6) * torch.arange(1, 7)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Linear(12, 6))
+    opt = optim.GaussNewton(net, gaussian())
+    for _ in range(60):
+        opt.step(x, y)
+    assert float((net(x) - y).square().mean().detach()) < 2e-6
+
+
+def test_copies_and_pickles_go_on_by_themselves():
+    import pickle
+
+    net, x, y = regression()
+    opt = optim.GaussNewton(net, gaussian(), momentum=optim.Adaptive())
+    torch.optim.lr_scheduler.StepLR(opt, 5)
+    opt.step(x, y)
+    for other, its in (copy.deepcopy((net, opt)), pickle.loads(pickle.dumps((net, opt)))):
+        assert its.net is other
+        its.step(x, y)
+        assert not torch.equal(weights(other), weights(net))
+    opt.step(x, y)
+    torch.testing.assert_close(weights(other), weights(net))
+
+
+def test_a_metric_in_a_closure_is_no_data_and_a_compiled_net_is_seen():
+    one, x, y = regression()
+    two = copy.deepcopy(one)
+    a, b = optim.GaussNewton(one, gaussian()), optim.GaussNewton(two, gaussian())
+    plain = closure_of(b, two, x, y)
+
+    def measured() -> Tensor:
+        with torch.no_grad():
+            two(torch.cat([x, 5 * x]))
+        return plain()
+
+    for _ in range(3):
+        a.step(x, y), b.step(measured)
+    torch.testing.assert_close(weights(one), weights(two))
+
+
+def test_gradient_descent_by_closure():
+    net, x, y = regression()
+    opt = optim.GaussNewton(net, gaussian(), structure=ggn.Identity, damping=optim.Constant(0.0), lr=0.1)
+    before = weights(net)
+    opt.step(closure_of(opt, net, x, y))
+    torch.testing.assert_close(weights(net), before - 0.1 * torch.cat([p.grad.reshape(-1) for p in net.parameters()]))
+
+
+def test_nets_of_two_dtypes():
+    net, x, y = regression()
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(2, 6), net[2]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.body(x.float())).double())
+
+    mixed = Mixed()
+    opt = optim.GaussNewton(mixed, gaussian())
+    first = float(opt.step(x, y))
+    for _ in range(10):
+        last = float(opt.step(x, y))
+    assert last < first and mixed.body.weight.dtype == torch.float32 and mixed.head.weight.dtype == torch.float64
+
+
+def test_parameters_that_were_replaced_and_groups_that_come_late():
+    net, x, y = regression()
+    opt = optim.GaussNewton(net, gaussian())
+    with pytest.raises(ValueError, match="build a new one"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match="finite"):
+        optim.GaussNewton(net, gaussian(), parameters=[{"parameters": ["0.weight"], "lr": -1.0}])
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match="was replaced after"):
+        opt.step(x, y)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("structure", [ggn.Full, ggn.Gram, ggn.Kron, ggn.MatrixFree(tol=1e-6)], ids=str)
 def test_on_a_gpu_as_on_a_cpu(structure):

@@ -182,13 +182,13 @@ def test_objectives_are_what_their_formulas_say(name, objective):
     likelihood, shape, y = LIKELIHOODS[name]
     g = seeded(5)
     f, v = (torch.randn(shape, generator=g, dtype=FLOAT) for _ in range(2))
-    n = f.shape[:-1].numel()
+    rows, n = f.shape[:-1].numel(), int(likelihood.observed(f, y).sum())
     mean = lambda f: -likelihood.log_prob(f, y).sum() / n
     if isinstance(objective, optim.Convex):
         expected = mean(f + v)
     else:
         slope = torch.autograd.functional.jvp(mean, f, v)[1]
-        Λ = torch.block_diag(*likelihood.ggn(f, y).reshape(n, shape[-1], shape[-1]))
+        Λ = torch.block_diag(*likelihood.ggn(f, y).reshape(rows, shape[-1], shape[-1]))
         expected = mean(f) + slope + v.flatten() @ Λ @ v.flatten() / (2 * n)
     torch.testing.assert_close(objective.value(likelihood, f, v, y), expected)
     at = v.clone().requires_grad_()
@@ -198,7 +198,7 @@ def test_objectives_are_what_their_formulas_say(name, objective):
 
 def _value(objective, likelihood, f, v, y):
     """The value with Λ by explicit blocks, so that its gradient by autodiff shares no code with the objective's."""
-    n = f.shape[:-1].numel()
+    n = int(likelihood.observed(f, y).sum())
     if isinstance(objective, optim.Convex):
         return -likelihood.log_prob(f + v, y).sum() / n
     Λv = (likelihood.ggn(f, y) @ v.unsqueeze(-1)).squeeze(-1)
