@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("bayesgn.ggn")
 
+COLUMNS = 8  # of factors, where products are by double backward
+
 
 class MatrixFree(Structure):
     """All of H without storing it: conjugate gradients for solves, stochastic Lanczos quadrature for the log-determinant.
@@ -45,7 +47,8 @@ class MatrixFree(Structure):
         probes, steps: random vectors of the log-determinant, and Lanczos steps from each (p × probes × steps numbers held).
         memory: bytes of factors to keep between products; beyond it every product walks the data.
         seed: of the random vectors.
-        graph: the engine of the products, see :class:`Products`.
+        graph: the engine of the products, see :class:`Products`. ``True``, double backward, is for nets with many outputs a datum (language
+            models): no more than ``COLUMNS`` columns of factors are then made, for the diagonal that preconditions.
 
     Raises:
         ValueError: for a tolerance that is not positive, or counts below 1.
@@ -99,7 +102,7 @@ class MatrixFreeCurvature(Curvature):
     def fit(self, stream: Stream, group: ProcessGroup | None = None) -> None:
         """Take a stream in (another one adds to the first)."""
         self._check_whole()
-        self.products.append(Products(stream, self.blocks, self.zero, self.options.memory, self.options.graph))
+        self.products.append(Products(stream, self.blocks, self.zero, self.options.memory, self.options.graph, self.columns))
         if group is not None:
             self.all_reduce(group)
 
@@ -135,6 +138,10 @@ class MatrixFreeCurvature(Curvature):
         return _distributed.all_sum([own], self.group)[0]
 
     multiplies = True
+
+    @property
+    def columns(self) -> int | None:
+        return COLUMNS if self.options.graph else None
 
     def times(self, V: Tensor, scale: Tensor) -> Tensor:
         return scale * self(V)

@@ -155,6 +155,8 @@ class Products:
         memory: bytes of factors (or data × columns of graphs) that may be kept.
         graph: ``None`` takes double backward where the factors do not fit and some are explicit Jacobians; ``True`` wherever
             it passes the self-check; ``False`` never.
+        most: with ``graph=True``, make the factors of no more columns of S than this, random mixtures of them: a net of sequences has
+            positions × classes of them, and only the diagonal asks for factors. It is then an unbiased estimate.
 
     Attributes:
         diagonal: diag(H) [p].
@@ -162,15 +164,26 @@ class Products:
     """
 
     def __init__(
-        self, stream: Stream, blocks: list[Block], like: Tensor, memory: int = 2**30, graph: bool | None = None
+        self,
+        stream: Stream,
+        blocks: list[Block],
+        like: Tensor,
+        memory: int = 2**30,
+        graph: bool | None = None,
+        most: int | None = None,
     ) -> None:
         self.stream, self.blocks, self.dtype, self.device, self.memory = stream, blocks, like.dtype, like.device, memory
         self._use_graph, self._checked = graph, False
         self.diagonal = torch.zeros(blocks[-1].where.stop, dtype=like.dtype, device=like.device)
         self.m, used, whole = 0, 0, True
         kept: list[BatchProducts] = []
+        generator = torch.Generator().manual_seed(0)
         for lin, S in stream:
-            factors = lin.factors(S)
+            mixed = S if most is None or not self._use_graph else mixtures(S, most, generator)
+            factors = lin.factors(mixed)
+            if mixed is not S and not self._serves(lin, mixed, factors):
+                linearizer, x, rows = lin.source  # type: ignore[misc]
+                mixed, factors = S, linearizer(x, rows).factors(S)
             self.diagonal += torch.cat([f.to(self.dtype).square() for f in factors])
             self.m += S.shape[0] * S.shape[-1] if S.dim() else factors[0].n * factors[0].k
             if not whole:
@@ -217,6 +230,10 @@ class Products:
             self._use_graph = False
             return None
 
+    def _serves(self, lin: Linearization, S: Tensor, factors: list[Factors]) -> bool:
+        """Whether double backward serves this net, tried on a few columns."""
+        return self._checked or self._graph(lin, S, factors) is not None
+
     def batches(self) -> Iterator[BatchProducts]:
         """J̃ batch by batch."""
         if self.kept is not None:
@@ -238,6 +255,14 @@ class Products:
         """Draws of N(0, H) [p count]: J̃ᵀ ε."""
         zero = self.diagonal.new_zeros(len(self.diagonal), count)
         return sum((batch.rmatvec(randn((batch.m, count), self.diagonal, generator)) for batch in self.batches()), zero)
+
+
+def mixtures(S: Tensor, most: int, generator: torch.Generator) -> Tensor:
+    """S ε / √m with random signs ε [k m] for each datum, which has S Sᵀ as its expected square; S itself where it has no more columns."""
+    if S.dim() == 0 or S.shape[-1] <= most:
+        return S
+    signs = torch.randint(2, (len(S), S.shape[-1], most), generator=generator).to(S) * 2 - 1
+    return S @ signs / most**0.5
 
 
 def _bytes(batch: BatchProducts) -> int:

@@ -65,6 +65,11 @@ class Curvature(ABC):
     multiplies = False  # whether :meth:`times` answers
 
     @property
+    def columns(self) -> int | None:
+        """How many columns of factors are made of a batch at most, where that is fewer than S has."""
+        return None
+
+    @property
     def partial(self) -> bool:
         """Whether H is of fewer data than were seen, so that it does not belong to their likelihood."""
         return False

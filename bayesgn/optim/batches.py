@@ -33,6 +33,7 @@ class Batches:
         gradient: its gradient [p].
         count: rows seen (data × positions) that have a target.
         columns: columns of J̃ᵀ seen.
+        most: columns of factors that H asks for at most, where these are fewer than Λ has.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Batches:
         self.loss, self.noise, self.gradient = self.like.clone(), self.like.clone(), self.like.new_zeros(linearizer.vector.numel)
         self.count = self.columns = self.walks = 0
         self.ranked = ranked
+        self.most: int | None = None
 
     def __iter__(self) -> Iterator[tuple[Linearization, Tensor]]:
         first, self.walks = self.walks == 0, self.walks + 1
@@ -51,7 +53,8 @@ class Batches:
         for x, y in self.data:
             _data.check_finite(x, "x")
             self.linearizer.prepare(x, self.likelihood.rows)
-            size = self.linearizer.chunk(self.curvature.columns(self.linearizer.r) + 1)
+            k = self.curvature.columns(self.linearizer.r)
+            size = self.linearizer.chunk((k if self.most is None else min(k, self.most)) + 1)
             for start, part in _data.split(x, size):
                 lin = self.linearizer(part, self.likelihood.rows)
                 f = lin.output

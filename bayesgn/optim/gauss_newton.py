@@ -356,6 +356,7 @@ class GaussNewton(torch.optim.Optimizer):
             products = self.damping.products or self.momentum is not None or len(self.param_groups) > 1
             H = self.structure.start(self.linearizer.blocks, self.weights.first)
             self._curved = Curved(H, self.weights.vector.numel, products, diagonal=self.scaling is not None)
+        batches.most = self._curved.held_in.columns
         try:
             self._curved.fit(batches)
         except BaseException:

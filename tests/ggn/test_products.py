@@ -10,7 +10,7 @@ import torch
 from bayesgn import _data
 from bayesgn._parameters import ParameterVector
 from bayesgn.ggn import Linearizer
-from bayesgn.ggn.products import FactorProducts, GraphProducts, Products
+from bayesgn.ggn.products import FactorProducts, GraphProducts, Products, mixtures
 from tests.ggn.problem import draw, mlp
 from tests.ggn.test_modules import rows_of, snapshot
 from tests.oracles import dense
@@ -111,3 +111,29 @@ def test_masked_weights():
     for graph in (False, True):
         products = Products(problem.stream(), problem.linearizer.blocks, ZERO, graph=graph)
         torch.testing.assert_close(products(V), H @ V, rtol=1e-10, atol=1e-10)
+
+
+def test_few_columns_serve_a_net_of_many_outputs(monkeypatch):
+    problem = mlp(2, 3, 12, 6)  # 12 outputs
+    stream = problem.stream([0, 1], [2, 3, 4, 5])
+    sizes = []
+    for part in stream:
+        sizes.append(part[1].shape[-1])
+    assert min(sizes) > 3
+    V = draw(problem.p, 2)
+    exact = Products(stream, problem.blocks, ZERO, graph=True)
+    few = Products(stream, problem.blocks, ZERO, graph=True, most=3)
+    torch.testing.assert_close(few(V), problem.H @ V, rtol=1e-9, atol=1e-9)  # the products are of all columns
+    ratio = few.diagonal / exact.diagonal
+    assert few.m == exact.m and 0.7 < float(few.diagonal.sum() / exact.diagonal.sum()) < 1.4 and bool((ratio > 0).all())
+    monkeypatch.setattr(Products, "_graph", lambda *_: None)  # double backward serves nothing: factors of all columns
+    plain = Products(stream, problem.blocks, ZERO, graph=True, most=3)
+    torch.testing.assert_close(plain(V), problem.H @ V, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(plain.diagonal, exact.diagonal)
+
+
+def test_mixtures_square_to_the_same_on_average():
+    S = draw(1, 4, 6).expand(3000, -1, -1)
+    mixed = mixtures(S, 2, torch.Generator().manual_seed(0))
+    assert mixed.shape == (3000, 4, 2) and mixtures(S, 6, torch.Generator()) is S
+    torch.testing.assert_close((mixed @ mixed.mT).mean(0), S[0] @ S[0].mT, rtol=0.1, atol=0.3)
