@@ -405,6 +405,9 @@ def shards_are_every_datum_once(folder: Path) -> None:
 @check
 def the_net_inside_ddp(folder: Path) -> None:
     wrapped = nn.parallel.DistributedDataParallel(net().train())
+    with pytest.raises(ValueError, match="pass group=net.process_group"):
+        optim.GaussNewton(wrapped, likelihoods.Categorical())
+    assert optim.GaussNewton(wrapped, likelihoods.Categorical(), group=wrapped.process_group).net is wrapped.module
     optimizer, (x, y) = torch.optim.SGD(wrapped.parameters(), 0.1), data()
     here = slice(0, 7) if rank() == 0 else slice(7, N)
 
