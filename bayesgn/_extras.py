@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,16 @@ def quiet_import() -> Iterator[None]:
         # torch words it "is deprecated", and "is not supported in Python 3.14+" there.
         warnings.filterwarnings("ignore", r"`torch\.jit\.script(_method)?` is ", FutureWarning)
         yield
+
+
+@functools.cache
+def load_forward_mode() -> None:
+    """Let torch compile its rules of forward mode, which it does at the first use in a process, warning of its own ``torch.jit.script``."""
+    import torch
+    from torch.autograd import forward_ad
+
+    with quiet_import(), forward_ad.dual_level():
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def require(name: str, extra: str) -> ModuleType:

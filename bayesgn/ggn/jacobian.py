@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vmap
 
+from bayesgn._extras import load_forward_mode
+
 logger = logging.getLogger("bayesgn.ggn")
 
 CHUNK_ENTRIES = 2**21  # numbers of J worked out at once
@@ -259,6 +261,7 @@ class FunctionLinearization:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _push(self, v: Tensor) -> Tensor:
+        load_forward_mode()
         return jvp(self.function, (self.θ.clone(),), (v.to(self.θ),))[1].detach()
 
     def _columns(self, V: Tensor) -> Tensor:
@@ -277,6 +280,7 @@ class FunctionLinearization:
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _push_all(self, V: Tensor) -> Tensor:
+        load_forward_mode()
         θ = self.θ.clone()
         return vmap(lambda v: jvp(self.function, (θ,), (v,))[1], out_dims=-1, randomness="same")(V.to(self.θ)).detach()
 

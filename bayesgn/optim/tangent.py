@@ -11,6 +11,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bayesgn._extras import load_forward_mode
+
 Weights = Mapping[str, Tensor]
 
 
@@ -63,6 +65,7 @@ class ForwardMode(TangentProduct):
 
     @torch.no_grad()
     def __call__(self, function, weights, f, displacement):
+        load_forward_mode()
         with forward_ad.dual_level(), differentiable_attention(), sdpa_kernel(SDPBackend.MATH):
             duals = {n: forward_ad.make_dual(p.detach(), displacement[n]) if n in displacement else p.detach() for n, p in weights.items()}
             try:
