@@ -234,22 +234,19 @@ class DualCurvature(Curvature):
     def with_prior(self, prior: list[Tensor], scale: Tensor) -> Precision:
         prior = [p.to(self.zero) for p in prior] if any(p.dtype != self.zero.dtype for p in prior) else prior
         rows = self.rows()
-        if shared(prior):
-            eigenvalues, U = self.eigen()
-            inverse: EigenInverse | CholeskyInverse = EigenInverse(scale * eigenvalues / prior[0], U)
-        else:
-            eye = torch.eye(rows.m, dtype=self.zero.dtype, device=self.zero.device)
-            inverse = CholeskyInverse(eye + scale * self._weighted(rows, prior))
-        return DualPrecision(self.blocks, rows, prior, scale, inverse)
+        if not shared(prior):
+            return self._by_cholesky(rows, prior, scale)
+        eigenvalues, U = self.eigen()
+        return DualPrecision(self.blocks, rows, prior, scale, EigenInverse(scale * eigenvalues / prior[0], U))
 
     def solver(self, prior: list[Tensor], scale: Tensor) -> Precision:
-        if not shared(prior) or self._eigen is not None:
+        rows = self.rows()  # (some leaves know the eigenvalues once the rows are made)
+        if self._eigen is not None or not shared(prior):
             return self.with_prior(prior, scale)
-        rows, p = self.rows(), prior[0].to(self.zero)
-        if self._eigen is not None:  # (some leaves know the eigenvalues once the rows are made)
-            return self.with_prior(prior, scale)
+        return self._by_cholesky(rows, [prior[0].to(self.zero)] * len(prior), scale)
+
+    def _by_cholesky(self, rows: Rows, prior: list[Tensor], scale: Tensor) -> Precision:
         eye = torch.eye(rows.m, dtype=self.zero.dtype, device=self.zero.device)
-        prior = [p] * len(prior)
         return DualPrecision(self.blocks, rows, prior, scale, CholeskyInverse(eye + scale * self._weighted(rows, prior)))
 
     def _weighted(self, rows: Rows, prior: list[Tensor]) -> Tensor:

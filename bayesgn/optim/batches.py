@@ -58,28 +58,24 @@ class Batches:
             for start, part in _data.split(x, size):
                 lin = self.linearizer(part, self.likelihood.rows)
                 f = lin.output
-                if y is None:
-                    yield self._curved(lin, f, None, generator, first)
-                    continue
-                target = _data.to(y[start : start + lin.n], f.device)
-                self.likelihood.validate(f, target)
-                if first:
-                    with torch.no_grad():
-                        self.loss -= self.likelihood.log_prob(f.to(self.loss), target).sum()
-                        # What rounding of f leaves open in the loss, in units of the dtype's epsilon.
-                        self.noise += (self.likelihood.gradient(f, target) * f).abs().sum().to(self.loss)
-                yield self._curved(lin, f, target, generator, first)
+                target = None if y is None else _data.to(y[start : start + lin.n], f.device)
+                if target is not None:
+                    self.likelihood.validate(f, target)
+                with torch.no_grad():
+                    S = self.curvature.root(self.likelihood, f, target, generator)  # type: ignore[arg-type]
+                    slope = None if target is None else -self.likelihood.gradient(f, target)
+                    if first:
+                        self._sum(f, target, S, slope)
+                noted = _Noted(lin, None if slope is None else slope.reshape(lin.n, lin.r), self._note if first else None)
+                yield noted, S
+                noted.settle()
 
-    def _curved(
-        self, lin: Linearization, f: Tensor, y: Tensor | None, generator: torch.Generator | None, first: bool
-    ) -> tuple[Linearization, Tensor]:
-        with torch.no_grad():
-            S = self.curvature.root(self.likelihood, f, y, generator)  # type: ignore[arg-type]
-            slope = None if y is None else -self.likelihood.gradient(f, y).reshape(lin.n, lin.r)
-        if first:
-            self.count += rows_of(self.likelihood, f, y)
-            self.columns += S.shape[0] * (compressed(S) if self.ranked else S).shape[-1]
-        return _Noted(lin, slope, self._note if first else None), S
+    def _sum(self, f: Tensor, y: Tensor | None, S: Tensor, slope: Tensor | None) -> None:
+        self.count += rows_of(self.likelihood, f, y)
+        self.columns += S.shape[0] * (compressed(S) if self.ranked else S).shape[-1]
+        if y is not None and slope is not None:
+            self.loss -= self.likelihood.log_prob(f.to(self.loss), y).sum()
+            self.noise += (slope * f).abs().sum().to(self.loss)
 
     def _note(self, gradient: Tensor) -> None:
         self.gradient += gradient
@@ -96,6 +92,8 @@ class _Noted(Linearization):
         self.slope = slope
         self.watch: Callable[[list[Factors]], None] | None = None  # is shown the factors
 
+        self._unnoted = slope is not None and note is not None
+
         def pull(S: Tensor) -> list[Factors]:
             found = gather(S)
             if self.watch is not None:
@@ -105,7 +103,7 @@ class _Noted(Linearization):
         def gather(S: Tensor) -> list[Factors]:
             if slope is None or note is None:
                 return lin.factors(S)
-            k = S.shape[-1]
+            k, self._unnoted = S.shape[-1], False
             found = lin.factors(torch.cat([S, slope.to(S)[..., None]], dim=-1))
             one = S.new_ones(lin.n, 1, 1)
             with torch.no_grad():
@@ -113,6 +111,12 @@ class _Noted(Linearization):
                 return [columns(f, slice(0, k)) for f in found]
 
         super().__init__(lin.output, lin.blocks, pull, lin.source)
+
+    def settle(self) -> None:
+        """Note the gradient also where the structure asked for no factors (one that keeps some of the data)."""
+        if self._unnoted:
+            self.watch = None
+            self.factors(self.output.new_zeros(self.n, self.r, 0))
 
 
 def rows_of(likelihood, f: Tensor, y: Tensor | None) -> int:

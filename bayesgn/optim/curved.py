@@ -37,6 +37,11 @@ class Curved(Quadratic):
         """Add the batches; loss and gradient are theirs to note."""
         self.held_in.fit(_Watched(batches, self))
         self.columns += batches.columns
+        if self.held_in.partial:
+            raise ValueError(
+                f"{type(self.held_in).__name__} keeps H of fewer data than the loss is of, whose sizes would not belong together; hand the step fewer "
+                "data, or take ggn.Gram(), ggn.Gram(inducing=…) or ggn.LowRank."
+            )
 
     def note(self, factors: list[Factors]) -> None:
         """Keep what will be asked for of one chunk's factors."""

@@ -44,10 +44,10 @@ class Convex(InnerObjective):
     """
 
     def value(self, likelihood, f, v, y):
-        return -likelihood.log_prob(f + v, y).sum() / rows_of(likelihood, f, y)
+        return -likelihood.log_prob(f + v, y).sum() / _rows(likelihood, f, y)
 
     def gradient(self, likelihood, f, v, y):
-        return likelihood.gradient(f + v, y) / -rows_of(likelihood, f, y)
+        return likelihood.gradient(f + v, y) / -_rows(likelihood, f, y)
 
 
 class Quadratized(InnerObjective):
@@ -74,14 +74,14 @@ class Quadratized(InnerObjective):
 
     def value(self, likelihood, f, v, y):
         g, Λv = self._expand(likelihood, f, v, y)
-        return -likelihood.log_prob(f, y).sum() / rows_of(likelihood, f, y) + ((g + Λv / 2) * v).sum()
+        return -likelihood.log_prob(f, y).sum() / _rows(likelihood, f, y) + ((g + Λv / 2) * v).sum()
 
     def gradient(self, likelihood, f, v, y):
         g, Λv = self._expand(likelihood, f, v, y)
         return g + Λv
 
     def _expand(self, likelihood: Likelihood, f: Tensor, v: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        n = rows_of(likelihood, f, y)
+        n = _rows(likelihood, f, y)
         if self.curvature is None and isinstance(likelihood, Categorical):
             # The softmax is a canonical link: Λ = −∂²log p/∂f², whatever the weights, smoothing and missing rows, so Λv is one backward pass.
             with torch.enable_grad():
@@ -97,3 +97,7 @@ class Quadratized(InnerObjective):
 
     def __repr__(self) -> str:
         return "Quadratized()" if self.curvature is None else f"Quadratized({self.curvature!r})"
+
+
+def _rows(likelihood: Likelihood, f: Tensor, y: Tensor) -> int:
+    return max(1, rows_of(likelihood, f, y))  # a micro-batch of missing rows alone has a loss of 0, and no slope

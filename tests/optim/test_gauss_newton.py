@@ -445,6 +445,20 @@ def test_a_system_that_cannot_be_solved_is_told():
     assert torch.equal(weights(net), before) and opt.damping.λ == 64.0  # 1 · 2 · 4 · 8
 
 
+def test_the_gradient_is_of_all_data_whatever_a_structure_keeps(monkeypatch):
+    from bayesgn.ggn.linearization import Linearizer
+
+    net, x, y = regression()
+    monkeypatch.setattr(Linearizer, "chunk", lambda self, columns: 4)  # pieces, of which some hold no inducing datum
+    wanted = torch.autograd.grad(0.5 * (net(x) - y).square().mean(), list(net.parameters()))
+    opt = optim.GaussNewton(net, gaussian(), structure=ggn.Gram(inducing=2))
+    opt.accumulate(x, y)
+    for p, g in zip(net.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, g)
+    with pytest.raises(ValueError, match="H of fewer data than the loss"):
+        optim.GaussNewton(net, gaussian(), structure=ggn.Gram(subset=5)).step(x, y)
+
+
 # -- what a reader of the code found ---------------------------------------------------------------------------------------
 
 

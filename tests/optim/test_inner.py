@@ -196,6 +196,12 @@ def test_objectives_are_what_their_formulas_say(name, objective):
     torch.testing.assert_close(objective.gradient(likelihood, f, v, y), u)
 
 
+@pytest.mark.parametrize("objective", [optim.Convex(), optim.Quadratized()])
+def test_a_micro_batch_of_missing_rows_has_no_slope(objective):
+    f, y = torch.randn(4, 3, dtype=FLOAT), torch.full((4,), -100)
+    assert bool((objective.gradient(likelihoods.Categorical(), f, torch.ones_like(f), y) == 0).all())
+
+
 def _value(objective, likelihood, f, v, y):
     """The value with Λ by explicit blocks, so that its gradient by autodiff shares no code with the objective's."""
     n = int(likelihood.observed(f, y).sum())
