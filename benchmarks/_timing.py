@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,3 +133,22 @@ def machine() -> str:
     if torch.cuda.is_available():
         text += f"; {torch.cuda.get_device_name()}"
     return text
+
+
+def table(rows: list[tuple[str, ...]], markdown: bool, notes: Sequence[str] = ()) -> str:
+    """Rows under their head, the first; as markdown or in columns. Short rows are filled up."""
+    rows = [(*r, *("" for _ in range(len(rows[0]) - len(r)))) for r in rows]
+    if markdown:
+        lines = ["| " + " | ".join(r) + " |" for r in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+    else:
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
+    return "\n".join([*lines, *([""] if notes else []), *(f"- {note}" for note in notes)])
+
+
+def answer(job: str, jobs: dict[str, Callable[[dict[str, Any]], Any]]) -> None:
+    """In a process of its own: run the job that ``guarded`` asked for, and print what it found."""
+    warnings.simplefilter("ignore")
+    asked = json.loads(job)
+    print(json.dumps(jobs[asked["name"]](asked)))

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._timing import forget_peak, guarded, interleaved, machine, once, peak, ratio, resident
+from benchmarks._timing import answer, forget_peak, guarded, interleaved, machine, once, peak, ratio, resident, table
 
 BATCH, POINTS, CLASSES = 128, 360, 10
 PEERS = ("CurvlinopsGGN", "BackPackGGN", "AsdlGGN")  # the first is the peer's default backend
@@ -503,18 +501,6 @@ def _short(answer: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in answer.items())
 
 
-def table(run: Run, markdown: bool) -> str:
-    head = ("what", "target", "peer, best / default", "ours", "met?")
-    rows = [head, *run.rows]
-    if markdown:
-        lines = ["| " + " | ".join(r) + " |" for r in rows]
-        lines.insert(1, "|" + "---|" * len(head))
-    else:
-        widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in run.notes)])
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.laplace", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats and data: minutes less, rougher figures")
@@ -528,9 +514,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.job:
-        warnings.simplefilter("ignore")
-        o = json.loads(options.job)
-        print(json.dumps(JOBS[o["name"]](o)))
+        answer(options.job, JOBS)
         return
     if options.device != "cpu" and not torch.cuda.is_available():
         raise SystemExit(f"--device {options.device}: torch sees no CUDA device here; leave it out to run on the CPU.")
@@ -539,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run(options, folder)
         run.all()
     print(f"\n{machine()}; {(time.perf_counter() - start) / 60:.0f} minutes\n")
-    print(table(run, options.markdown))
+    print(table([("what", "target", "peer, best / default", "ours", "met?"), *run.rows], options.markdown, run.notes))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ Each row is a process of its own with a limit on time and memory.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._timing import forget_peak, guarded, interleaved, machine, peak, ratio, resident
+from benchmarks._timing import answer, forget_peak, guarded, interleaved, machine, peak, ratio, resident, table
 
 CLASSES, COLUMNS = 10, 16
 MEMORY = 8.0  # GB a process may take
@@ -374,16 +372,6 @@ class Run:
                 figure()
 
 
-def table(rows: list[tuple[str, ...]], markdown: bool) -> str:
-    rows = [(*r, *("" for _ in range(len(rows[0]) - len(r)))) for r in rows]
-    if markdown:
-        lines = ["| " + " | ".join(r) + " |" for r in rows]
-        lines.insert(1, "|" + "---|" * len(rows[0]))
-        return "\n".join(lines)
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optim", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer repeats and seeds")
@@ -394,9 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.job:
-        warnings.simplefilter("ignore")
-        o = json.loads(options.job)
-        print(json.dumps(JOBS[o["name"]](o)))
+        answer(options.job, JOBS)
         return
     start = time.perf_counter()
     run = Run(options)

@@ -15,7 +15,6 @@ import math
 import os
 import subprocess
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks._bayesnewton import series
-from benchmarks._timing import guarded, interleaved, machine
+from benchmarks._timing import answer, guarded, interleaved, machine, table
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 DENSE = 1_000  # points of the dense models
@@ -323,18 +322,6 @@ def _of(answer: dict[str, Any]) -> str:
     return f"{1e3 * answer['seconds']:.2f}" if "seconds" in answer else answer["error"]
 
 
-def table(run: Run, markdown: bool) -> str:
-    head = ("what (ms)", "target", "reference / peers", "ours", "met?")
-    rows = [head, *run.rows]
-    if markdown:
-        lines = ["| " + " | ".join(r) + " |" for r in rows]
-        lines.insert(1, "|" + "---|" * len(head))
-    else:
-        widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths)).rstrip() for r in rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in run.notes)])
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.state_space", description=(__doc__ or "").splitlines()[0]
@@ -349,15 +336,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.job:
-        warnings.simplefilter("ignore")
-        o = json.loads(options.job)
-        print(json.dumps(JOBS[o["name"]](o)))
+        answer(options.job, JOBS)
         return
     start = time.perf_counter()
     run = Run(options)
     run.all()
     print(f"\n{machine()}; {(time.perf_counter() - start) / 60:.0f} minutes\n")
-    print(table(run, options.markdown))
+    print(table([("what (ms)", "target", "reference / peers", "ours", "met?"), *run.rows], options.markdown, run.notes))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Curved(Quadratic):
         self.columns += batches.columns
         if self.held_in.partial:
             raise ValueError(
-                f"{type(self.held_in).__name__} keeps H of fewer data than the loss is of, whose sizes would not belong together; hand the step fewer "
+                f"{type(self.held_in).__name__} keeps H of fewer data than the loss is of, and the two would not fit; hand the step fewer "
                 "data, or take ggn.Gram(), ggn.Gram(inducing=…) or ggn.LowRank."
             )
 

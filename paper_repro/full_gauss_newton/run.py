@@ -35,17 +35,26 @@ def soap(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
     return lambda net: SOAP(net.parameters(), lr=lr, betas=(0.95, 0.95), weight_decay=0.0, precondition_frequency=1)
 
 
+RATES = {"lr": 0.01, "adam_lr": 0.02, "carry": 0.5}  # of the inner optimizer
+
+
+def inner(setting: Setting) -> dict[str, Callable[[], Curve]]:
+    """Gauss-Newton by an inner optimizer, and its control, alike at both batches."""
+    return {
+        GN: lambda: methods.gauss_newton(GN, setting, **RATES),
+        "prox-linear": lambda: methods.gauss_newton("prox-linear", setting, objective=optim.Convex(), **RATES),
+        CONTROL: lambda: methods.control(CONTROL, setting, 0.02, 0.01),
+    }
+
+
 def large(setting: Setting) -> dict[str, Callable[[], Curve]]:
     """A batch of many micro-batches. Rates are the best of small grids (see the README)."""
-    own = {"lr": 0.01, "adam_lr": 0.02, "carry": 0.5}
     return {
-        GN: lambda: methods.gauss_newton(GN, setting, **own),
-        "prox-linear": lambda: methods.gauss_newton("prox-linear", setting, objective=optim.Convex(), **own),
-        CONTROL: lambda: methods.control(CONTROL, setting, 0.02, 0.01),
+        **inner(setting),
         "Muon": lambda: methods.first_order("Muon", setting, muon(0.05, 0.02)),
         "SOAP": lambda: methods.first_order("SOAP", setting, soap(0.01)),
-        "layerwise GN": lambda: methods.gauss_newton("layerwise GN", setting, blocks=optim.Layerwise(methods.layer), **own),
-        "GN by sublayer": lambda: methods.gauss_newton("GN by sublayer", setting, blocks=optim.Layerwise(methods.sublayer), **own),
+        "layerwise GN": lambda: methods.gauss_newton("layerwise GN", setting, blocks=optim.Layerwise(methods.layer), **RATES),
+        "GN by sublayer": lambda: methods.gauss_newton("GN by sublayer", setting, blocks=optim.Layerwise(methods.sublayer), **RATES),
         "GN by CG": lambda: methods.conjugate_gradients("GN by CG", setting),
         "AdamW": lambda: methods.first_order("AdamW", setting, adamw(0.003)),
     }
@@ -53,11 +62,8 @@ def large(setting: Setting) -> dict[str, Callable[[], Curve]]:
 
 def small(setting: Setting) -> dict[str, Callable[[], Curve]]:
     """A batch of few: where Gauss-Newton should gain little."""
-    own = {"lr": 0.01, "adam_lr": 0.02, "carry": 0.5}
     return {
-        GN: lambda: methods.gauss_newton(GN, setting, **own),
-        "prox-linear": lambda: methods.gauss_newton("prox-linear", setting, objective=optim.Convex(), **own),
-        CONTROL: lambda: methods.control(CONTROL, setting, 0.02, 0.01),
+        **inner(setting),
         "Muon": lambda: methods.first_order("Muon", setting, muon(0.02, 0.01)),
         "SOAP": lambda: methods.first_order("SOAP", setting, soap(0.01)),
         "AdamW": lambda: methods.first_order("AdamW", setting, adamw(0.003)),
