@@ -192,6 +192,7 @@ def test_missing_rows_are_zero(family):
     for function in (lik.log_prob, lik.gradient, lik.neg_hessian, lik.ggn, lik.ggn_root):
         assert function(f, gone)[1].abs().sum() == 0
         close(function(f, gone)[[0, 2, 3]], function(f, y)[[0, 2, 3]])
+    assert lik.observed(f, gone).tolist() == [True, False, True, True] and bool(lik.observed(f, y).all())
     lik.validate(f, gone)
     x = f.clone().requires_grad_()
     assert torch.autograd.grad(lik.log_prob(x, gone).sum(), x)[0].isfinite().all()

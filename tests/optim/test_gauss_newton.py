@@ -554,9 +554,13 @@ def test_a_metric_in_a_closure_is_no_data_and_a_compiled_net_is_seen():
             two(torch.cat([x, 5 * x]))
         return plain()
 
+    compiled = torch.compile(copy.deepcopy(one), backend="eager")
+    compiled(x)  # already compiled when the optimizer is made
+    c = optim.GaussNewton(compiled, gaussian())
     for _ in range(3):
-        a.step(x, y), b.step(measured)
+        a.step(x, y), b.step(measured), c.step(closure_of(c, compiled, x, y))
     torch.testing.assert_close(weights(one), weights(two))
+    torch.testing.assert_close(weights(one), weights(compiled))
 
 
 def test_gradient_descent_by_closure():
