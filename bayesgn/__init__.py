@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "laplace": "bayesgn.inference.laplace",
     "bayes_newton": "bayesgn.inference.bayes_newton",
+    "variational": "bayesgn.inference.variational",
     "maximize_evidence": "bayesgn.inference.evidence",
     "train_with_evidence": "bayesgn.inference.training",
     "tune": "bayesgn.inference.tuning",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from bayesgn.inference.persistence import load
     from bayesgn.inference.training import train_with_evidence
     from bayesgn.inference.tuning import tune
+    from bayesgn.inference.variational import variational
     from bayesgn.models.subsets import largest_variance, last_layer, magnitude, named, random_subset
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "shard",
     "train_with_evidence",
     "tune",
+    "variational",
 ]
 
 

@@ -12,10 +12,11 @@ from bayesgn.ggn.jacobian import FunctionLinearization, jacobian, linearize
 from bayesgn.ggn.kron import Kron
 from bayesgn.ggn.linearization import Linearization, Linearizer
 from bayesgn.ggn.low_rank import LowRank
+from bayesgn.ggn.low_rank_diagonal import LowRankPlusDiagonal
 from bayesgn.ggn.matrix_free import MatrixFree
 from bayesgn.ggn.structure import Curvature, Precision, Structure
 
 __all__ = [
     "Block", "Curvature", "Diag", "DifferenceProducts", "EigenKron", "Full", "FunctionLinearization", "Gram", "Hessian", "Identity", "Kron",
-    "Layerwise", "Linearization", "Linearizer", "LowRank", "MatrixFree", "Precision", "Structure", "jacobian", "linearize",
+    "Layerwise", "Linearization", "Linearizer", "LowRank", "LowRankPlusDiagonal", "MatrixFree", "Precision", "Structure", "jacobian", "linearize",
 ]  # fmt: skip

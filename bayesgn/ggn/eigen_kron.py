@@ -12,7 +12,7 @@ from bayesgn.ggn.block_diagonal import BlockCurvature, BlockDiagonal, BlockPreci
 from bayesgn.ggn.blocks import Block
 from bayesgn.ggn.factors import Embedding, Factors, Linear, unflatten_weights
 from bayesgn.ggn.kron import KronBlock, Kronecker, KronPrecision
-from bayesgn.ggn.structure import Stream, accumulator, working
+from bayesgn.ggn.structure import Curvature, Stream, accumulator, working
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,6 +74,9 @@ class EigenKronCurvature(BlockDiagonal):
             part.h = h
 
     def all_reduce(self, group: ProcessGroup) -> None:
+        raise ValueError(_NOT_ADDITIVE)
+
+    def blend(self, other: Curvature, keep: float, gain: float) -> None:
         raise ValueError(_NOT_ADDITIVE)
 
     def add(self, factors: list[Factors]) -> None:

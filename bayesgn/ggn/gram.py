@@ -122,6 +122,12 @@ class GramCurvature(DualCurvature):
         self.kept.put(factors, self.kept.draw(factors[0].n))
         self.forget()
 
+    def blend(self, other: Curvature, keep: float, gain: float) -> None:
+        raise ValueError(
+            "Gram keeps the data's own rows of J, of which there is no running average; use ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, "
+            "ggn.LowRank or ggn.LowRankPlusDiagonal."
+        )
+
     def all_reduce(self, group: ProcessGroup) -> None:
         self._check_whole()
         if self.sharded:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+MOST_NODES = 256  # of the density of what was left out
+
+
 class LowRank(Structure):
     """The ``rank`` largest eigenpairs of H by randomised block Lanczos, with a density for the eigenvalues left out.
 
@@ -107,6 +110,17 @@ class LowRankCurvature(DualCurvature):
         self.U, self.λ = U[:, :0], λ[:0]
         self._take(lambda V: U @ (λ[:, None] * (U.mT @ V)), U.square() @ λ, group)
 
+    def blend(self, other: Curvature, keep: float, gain: float) -> None:
+        # keep · U diag(λ) Uᵀ + gain · U' diag(λ') U'ᵀ is truncated to the rank again; densities of what was left out are scaled and joined.
+        assert isinstance(other, LowRankCurvature)
+        U, λ = other.U, gain * other.λ
+        self.λ, self.τ = keep * self.λ, keep * self.τ + gain * other.τ
+        nodes, weights = torch.cat([keep * self.nodes, gain * other.nodes]), torch.cat([self.weights, other.weights])
+        self.nodes, self.weights = merged(nodes, weights, MOST_NODES)
+        if bool(λ.any()):
+            self._take(lambda V: U @ (λ[:, None] * (U.mT @ V)), U.square() @ λ)
+        self.forget()
+
     def add(self, factors: list[Factors]) -> None:
         batch = FactorProducts(self.blocks, factors, self.zero.dtype)
         diagonal = torch.cat([f.to(self.zero.dtype).square() for f in factors])
@@ -163,6 +177,20 @@ class LowRankCurvature(DualCurvature):
             tensors[name].to(self.zero) for name in ("U", "eigenvalues", "left_out", "nodes", "weights")
         )
         self.forget()
+
+
+def merged(nodes: Tensor, weights: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """A density of at most so many nodes with the same mass and mean: neighbours are joined, two by two."""
+    good = weights * nodes > 0
+    nodes, weights = nodes[good], weights[good]
+    while len(nodes) > most:
+        nodes, order = nodes.sort()
+        weights = weights[order]
+        if len(nodes) % 2:
+            nodes, weights = torch.cat([nodes, nodes[-1:]]), torch.cat([weights, torch.zeros_like(weights[-1:])])
+        mass = weights.reshape(-1, 2).sum(-1)
+        nodes, weights = (weights * nodes).reshape(-1, 2).sum(-1) / mass, mass
+    return nodes, weights
 
 
 class ExplicitRows(Rows):

@@ -106,6 +106,12 @@ class MatrixFreeCurvature(Curvature):
         if group is not None:
             self.all_reduce(group)
 
+    def blend(self, other: Curvature, keep: float, gain: float) -> None:
+        raise ValueError(
+            "MatrixFree keeps the data's own rows of J, of which there is no running average; use ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, "
+            "ggn.LowRank or ggn.LowRankPlusDiagonal."
+        )
+
     def all_reduce(self, group: ProcessGroup) -> None:
         """From here on H V is the sum of all processes' products. Collective, as is every answer."""
         self._check_whole()

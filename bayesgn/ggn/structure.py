@@ -99,6 +99,15 @@ class Curvature(ABC):
         own = self.tensors()
         self.load(_distributed.all_sum_of(own, group, like=next(iter(own.values()))))
 
+    def blend(self, other: Curvature, keep: float, gain: float) -> None:
+        """H ← keep · H + gain · H', in place, for H' in the same storage; both weights may be anything that is not negative.
+
+        Raises:
+            ValueError: for a storage of which no weighted sum can be kept.
+        """
+        own, theirs = self.tensors(), other.tensors()
+        self.load({name: keep * t + gain * theirs[name] for name, t in own.items()})
+
     @abstractmethod
     def add(self, factors: list[Factors]) -> None:
         """H ← H + Σ_n JᵀSSᵀJ, given the factors of JᵀS for every block."""

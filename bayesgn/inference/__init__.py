@@ -6,5 +6,6 @@ from bayesgn.inference.mixture import Mixture
 from bayesgn.inference.temperature import Tempered, fit_temperature
 from bayesgn.inference.training import History
 from bayesgn.inference.tuning import Tuning
+from bayesgn.inference.variational import VariationalTrace
 
-__all__ = ["Comparison", "History", "Mixture", "Tempered", "Trace", "Tuning", "fit_temperature"]
+__all__ = ["Comparison", "History", "Mixture", "Tempered", "Trace", "Tuning", "VariationalTrace", "fit_temperature"]

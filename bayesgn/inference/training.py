@@ -123,7 +123,7 @@ def train_with_evidence(
         raise ValueError(
             f"epochs={epochs}, every={every}, steps={steps}, burn_in={burn_in}; expected epochs, every ≥ 1 and steps, burn_in ≥ 0."
         )
-    batches = _Epochs(train_loader, batch_size, generator)
+    batches = Epochs(train_loader, batch_size, generator)
     net, own = model.net, copy.copy(model)
     own.prior, likelihood = copy.deepcopy(model.prior), copy.deepcopy(likelihood)
     run = _Run(own, likelihood, batches, rule, steps)
@@ -170,7 +170,7 @@ def _train_mode(net: nn.Module, modes: list[tuple[nn.Module, bool]]) -> None:
 class _Run:
     """Weights, prior and likelihood on their way, and the best of them."""
 
-    def __init__(self, model: Network, likelihood, batches: _Epochs, rule, steps: int) -> None:
+    def __init__(self, model: Network, likelihood, batches: Epochs, rule, steps: int) -> None:
         self.model, self.likelihood, self.batches, self.rule, self.steps = model, likelihood, batches, rule, steps
         self.net, self.vector, self.linearizer = unwrap(model.net), model.vector, model.linearizer
         first = next(iter(self.vector.tensors(self.net).values()))
@@ -243,7 +243,7 @@ class _Run:
         self.net.load_state_dict(self.best)
 
 
-class _Epochs:
+class Epochs:
     """Data that can be walked again and again, each walk one epoch; its length is the number of data seen in one."""
 
     def __init__(self, data: Any, batch_size: int, generator: torch.Generator | None) -> None:
@@ -261,6 +261,10 @@ class _Epochs:
 
     def __len__(self) -> int:
         return self.N
+
+    def first_batch(self) -> tuple[Any, Tensor]:
+        """One batch, to look at."""
+        return next(iter(self.walk)) if self.pair is None else (self.pair[0], self.pair[1][: self.batch_size])
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         if self.pair is None:

@@ -12,6 +12,7 @@ from bayesgn.models.network import Network
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.posterior import Posterior, StalePosteriorError
 from bayesgn.models.subsets import largest_variance, last_layer, magnitude, named, random_subset
+from bayesgn.models.variational_posterior import VariationalPosterior
 from bayesgn.models.weight_prior import WeightPrior
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ _LATE = {
 
 __all__ = [
     "GP", "Checkpoint", "GaussianProcess", "GaussianProcessPosterior", "LinearizedPosterior", "MarkovGP", "Network", "NetworkPosterior", "Posterior",
-    "SparseGP", "SparseMarkovGP", "SpatioTemporalGP", "StalePosteriorError", "SteadyStateGP", "WeightPrior", "inducing_points", "largest_variance",
-    "last_layer", "magnitude", "named", "random_subset", "sde_kernels",
+    "SparseGP", "SparseMarkovGP", "SpatioTemporalGP", "StalePosteriorError", "SteadyStateGP", "VariationalPosterior", "WeightPrior",
+    "inducing_points", "largest_variance", "last_layer", "magnitude", "named", "random_subset", "sde_kernels",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayesgn import _distributed, _files
 from bayesgn._parameters import ParameterVector, Selection, unwrap
@@ -21,8 +21,10 @@ from bayesgn.models.linearized import LinearizedPosterior, trained_sites
 from bayesgn.models.linearized_data import LinearizedData
 from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.stream import Stream
+from bayesgn.models.variational_posterior import VariationalPosterior, copied, moved_onto
+from bayesgn.models.weight_posterior import WeightPosterior
 from bayesgn.models.weight_prior import WeightPrior
-from bayesgn.rules import Curvature, Expansion, Laplace, Sites
+from bayesgn.rules import Curvature, Expansion, Laplace, Sites, Variational
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -90,6 +92,22 @@ class Network:
         # The prior fits these blocks and this structure, or says why not.
         self.structure.check_prior(self.linearizer.blocks, self.prior.of(self.linearizer.blocks))
 
+    @classmethod
+    def of(cls, posterior: WeightPosterior) -> Network:
+        """The model of a posterior: over a copy of its net at its mean, with its prior and structure."""
+        new = cls.__new__(cls)
+        new.linearizer = copied(posterior.linearizer, posterior.mean)
+        new.net, new.vector = new.linearizer.net, new.linearizer.vector
+        new.structure, new.prior = posterior.structure, copy.deepcopy(posterior.prior)
+        return new
+
+    def copy(self) -> Network:
+        """The same model over a copy of the net, which may be trained without touching the user's."""
+        new = copy.copy(self)
+        new.linearizer = copied(self.linearizer)
+        new.net, new.vector, new.prior = new.linearizer.net, new.linearizer.vector, copy.deepcopy(self.prior)
+        return new
+
     def condition(
         self,
         data: Any,
@@ -108,7 +126,7 @@ class Network:
         _distributed.check_group(group)
         with _distributed.together(group):
             rule = _check_rule(rule)
-            _check_likelihood(likelihood)
+            check_likelihood(likelihood)
             self._warn_of_mode()
             like = next(iter(self.vector.tensors(self.net).values()))
             stream = Stream(self.linearizer, likelihood, rule, data, generator, progress, group=group)
@@ -170,7 +188,7 @@ class Network:
         Source: Immer, Korzepa and Bauer (2021), sec. 3.3.
         """
         rule = Laplace() if rule is None else _check_expansion(rule)
-        _check_likelihood(likelihood)
+        check_likelihood(likelihood)
         self._warn_of_mode()
         likelihood, prior = copy.deepcopy(likelihood), copy.deepcopy(self.prior)
         seen = LinearizedData(self.linearizer, likelihood, data)
@@ -179,6 +197,15 @@ class Network:
         elif sites.nat1.shape != seen.f.shape:
             raise ValueError(f"the sites are of shape {tuple(sites.nat1.shape)} but the net answers {tuple(seen.f.shape)} (rows, outputs).")
         return LinearizedPosterior(self.linearizer, self.structure, likelihood, prior, rule, seen, sites)
+
+    def believe(self, q: Any, statistics: dict[str, Tensor]) -> VariationalPosterior:
+        """The posterior N(m, (s H / T + P)⁻¹) of a variational inference ``q`` (``optim.Variational``) as it stands, over a copy of the net."""
+        linearizer = copied(self.linearizer)
+        curvature = moved_onto(linearizer, self.structure, q.curvature)
+        rule = Variational(q.bending)
+        return VariationalPosterior(
+            linearizer, self.structure, curvature, copy.deepcopy(q.likelihood), copy.deepcopy(q.prior), rule, statistics, q.num_data, q.temperature
+        )
 
     def _warn_of_mode(self) -> None:
         if self.net.training:
@@ -223,7 +250,8 @@ def _check_rule(rule: Any) -> Laplace:
     return cast(Laplace, rule)
 
 
-def _check_likelihood(likelihood: Any) -> None:
+def check_likelihood(likelihood: Any) -> None:
+    """Raise for what is no likelihood object."""
     if isinstance(likelihood, type):
         raise TypeError(f"likelihood is the class {likelihood.__name__}; pass an object: likelihoods.{likelihood.__name__}(...).")
     if not isinstance(likelihood, Likelihood):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bayesgn import _data
-from bayesgn.ggn.evaluation import at_rest, call
 from bayesgn.ggn.linearization import Linearizer
 from bayesgn.ggn.structure import Curvature, Precision, Spectrum, Structure
+from bayesgn.models import net_draws
 from bayesgn.models.stream import Stream
-from bayesgn.models.weight_posterior import WeightPosterior, check_input
+from bayesgn.models.weight_posterior import WeightPosterior
 from bayesgn.models.weight_prior import WeightPrior
 
 
@@ -99,35 +97,7 @@ class NetworkPosterior(WeightPosterior):
         For a curved net this is not the linearised answer; Immer et al. (2021) show it underfits under a GGN posterior. A net of half
         precision is evaluated in float32, where its draws are more than rounding; if it cannot be, a warning says so.
         """
-        self.check_fresh()
-        check_input(x)
-        x = self.linearizer.place(x)
-        draws = self.sample_weights(n, generator)
-        with self._explaining(x):
-            if draws.dtype == self.mean.dtype:
-                return self._outputs(x, draws, {})
-            own = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
-            half = (torch.float16, torch.bfloat16)
-            wide = {name: t.detach().to(draws.dtype) for name, t in own.items() if t.dtype in half}
-            try:
-                return self._outputs(_data.apply(x, lambda t: t.to(draws.dtype) if t.dtype in half else t), draws, wide)
-            except RuntimeError as error:
-                warnings.warn(
-                    f"{type(self.net).__name__} cannot be evaluated in {draws.dtype} ({str(error).splitlines()[0]}), so its draws are rounded to "
-                    f"{self.mean.dtype}, and too wide where the posterior is narrower than that. Take sample_functions, or fit net.float().",
-                    stacklevel=2,
-                )
-                return self._outputs(x, draws.to(self.mean.dtype), {}).to(draws.dtype)
-
-    def _outputs(self, x: Any, draws: Tensor, others: dict[str, Tensor]) -> Tensor:
-        """The net at each of ``draws`` [n p], and at ``others`` in place of its own tensors."""
-        out = []
-        with at_rest(self.net, {}), torch.no_grad():
-            for θ in draws:
-                out.append(self.likelihood.rows(call(self.net, x, others | self.linearizer.vector.unflatten(θ, self.net))))
-                if len(out[-1]) != _data.len_of(x):
-                    raise ValueError(f"the net answered {len(out[-1])} rows for {_data.len_of(x)} data; the first dimension of both runs over data.")
-        return torch.stack(out)
+        return net_draws.sample_outputs(self, x, n, generator)
 
     # -- evidence --------------------------------------------------------------------------------------------------
 

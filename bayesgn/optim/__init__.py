@@ -11,6 +11,7 @@ from bayesgn.optim.damping import (
     SmallestEigenvalue,
     TrustRegion,
 )
+from bayesgn.optim.expectations import AtMean, Draws, Expectation, Linearized, Reparameterized
 from bayesgn.optim.fit import Fit
 from bayesgn.optim.gauss_newton import GaussNewton, Step
 from bayesgn.optim.inner import (
@@ -40,13 +41,15 @@ from bayesgn.optim.residual_quadratic import DenseQR, ResidualSolver
 from bayesgn.optim.restarts import Restarts
 from bayesgn.optim.scaling import Diagonal, RunningMax, Scaling
 from bayesgn.optim.tangent import FiniteDifference, ForwardMode, TangentProduct
+from bayesgn.optim.variational import Variational
 
 __all__ = [
-    "Adaptive", "Averaging", "Backtracking", "Blocks", "ConjugateGradients", "Constant", "Convex", "Damping", "DenseJacobian", "DenseQR",
-    "Diagonal", "Dogleg", "DualAscent", "DualNewton", "ExponentialAverage", "FadingMax", "FiniteDifference", "Fit", "ForwardMode",
-    "GaussNewton", "GaussNewtonInner", "Geodesic", "Grid", "HeavyBall", "InnerObjective", "InnerSolver", "Iteration", "JacobianProducts",
-    "LastIterate", "Layerwise", "LevenbergMarquardt", "LineSearch", "Momentum", "MuonAdamW", "MuonRecipe", "OuterStep", "Proposal",
-    "ProxLinearFit", "ProxLinearStep", "Quadratic", "Quadratized", "ResidualSolver", "Restarts", "RunningMax", "SVRG", "Scaling",
-    "SmallestEigenvalue", "SparseLU", "Step", "Straight", "Subproblem", "TailAverage", "TangentProduct", "TermsJacobian", "TrustRegion",
-    "Units", "Unscaled", "Whole", "cosine", "least_squares", "outer", "prox_linear", "robust", "subgradient",
+    "Adaptive", "AtMean", "Averaging", "Backtracking", "Blocks", "ConjugateGradients", "Constant", "Convex", "Damping", "DenseJacobian",
+    "DenseQR", "Diagonal", "Dogleg", "Draws", "DualAscent", "DualNewton", "Expectation", "ExponentialAverage", "FadingMax",
+    "FiniteDifference", "Fit", "ForwardMode", "GaussNewton", "GaussNewtonInner", "Geodesic", "Grid", "HeavyBall", "InnerObjective",
+    "InnerSolver", "Iteration", "JacobianProducts", "LastIterate", "Layerwise", "LevenbergMarquardt", "LineSearch", "Linearized",
+    "Momentum", "MuonAdamW", "MuonRecipe", "OuterStep", "Proposal", "ProxLinearFit", "ProxLinearStep", "Quadratic", "Quadratized",
+    "Reparameterized", "ResidualSolver", "Restarts", "RunningMax", "SVRG", "Scaling", "SmallestEigenvalue", "SparseLU", "Step", "Straight",
+    "Subproblem", "TailAverage", "TangentProduct", "TermsJacobian", "TrustRegion", "Units", "Unscaled", "Variational", "Whole", "cosine",
+    "least_squares", "outer", "prox_linear", "robust", "subgradient",
 ]  # fmt: skip

@@ -1,0 +1,331 @@
+"""Variational inference over the weights of a net, by natural gradients, from a trained or an untrained net."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayesgn import _data
+from bayesgn._psd import NotPositiveDefiniteError
+from bayesgn.inference.training import Epochs
+from bayesgn.models.network import Network, check_likelihood
+from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.variational_posterior import VariationalPosterior
+from bayesgn.models.weight_posterior import WeightPosterior
+from bayesgn.optim import Draws, Expectation, Variational
+from bayesgn.rules import Curvature
+
+log = logging.getLogger("bayesgn.inference")
+
+SMALLEST = 1e-4  # step of a line search
+RESCUES = 5  # returns to the best epoch, each with half the step
+
+
+@dataclass
+class VariationalTrace:
+    """The course of :func:`variational`; ``plots.evidence_trace(posterior.trace.elbo)`` draws it.
+
+    Attributes:
+        elbo: the bound after every epoch, in nats; where steps are by draws, with E_q log p as the epoch's steps met it.
+        lr: the step size of every epoch.
+        precision, noise: hyper-parameters after every epoch (noise where the likelihood has one).
+        rejected: steps that were taken back, by epoch: shortened where the bound is known, returned to the best epoch where it diverged.
+        kept: the epoch whose q the posterior is (counted from 1; 0 is the start).
+        reason: why it stopped.
+        converged: whether it stopped because a whole step no longer raised the bound.
+    """
+
+    elbo: list[float] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    precision: list[Any] = field(default_factory=list)
+    noise: list[Any] = field(default_factory=list)
+    rejected: list[int] = field(default_factory=list)
+    kept: int = 0
+    reason: str = ""
+    converged: bool = False
+
+    def __repr__(self) -> str:
+        if not self.elbo:
+            return "VariationalTrace(empty)"
+        return f"VariationalTrace({len(self.elbo)} epochs, ELBO {self.elbo[0]:.4g} → {self.elbo[-1]:.4g}, epoch {self.kept} kept, {self.reason})"
+
+
+def variational(
+    model: Any,
+    likelihood=None,
+    data: Any = None,
+    epochs: int = 50,
+    curvature: Curvature | None = None,
+    expectation: Expectation | None = None,
+    lr: float | None = None,
+    precision_lr: float | None = None,
+    momentum: float = 0.0,
+    damping: float = 0.0,
+    temperature: float = 1.0,
+    tune: bool = False,
+    burn_in: int = 0,
+    every: int = 1,
+    batch_size: int | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    draws: int = 20,
+    tol: float = 1e-8,
+    generator: torch.Generator | None = None,
+    progress: bool | None = None,
+) -> VariationalPosterior:
+    """The Gaussian posterior of a net's weights that maximises the variational bound, in any structure of the shared Gauss-Newton matrix.
+
+        ELBO = E_q log p(y|θ) − T · KL(q ‖ prior),      q = N(m, (H/T + P)⁻¹)
+
+    Steps are those of :class:`bayesgn.optim.Variational`, whose table names the methods (VOGGN, VOGN, OGGN, VON, IVON, SLANG) among its
+    arguments. It begins at the weights that the net has: train it first, or not. Your net is not touched; the posterior holds a copy.
+
+    Where the expectation needs no draws (``optim.Linearized()``) and a step takes all data, every step is tried before it is taken, so that the
+    bound never falls: whole at first, halved until the bound rises. Elsewhere ``lr`` falls by half a cosine from 0.1; a bound that is not
+    finite, or falls far below where it began, is caught: the best epoch is restored, the step halved, and the log says so. In the end the best
+    epoch's q is kept where the last is worse.
+
+    Interrupted from the keyboard, it returns what it has, with a warning; ``bgn.variational(posterior, data=…)`` goes on.
+
+    Args:
+        model: ``models.Network(net, prior, structure)``; or a posterior of a net (of Laplace or of this function), to start from its mean and H.
+        likelihood: p(y|f); the posterior's own where one is given.
+        data: training data, ``(x, y)``, a Dataset or a DataLoader.
+        epochs: walks over the data at most.
+        curvature, expectation, precision_lr, momentum, damping, temperature, every: of the steps, see :class:`bayesgn.optim.Variational`.
+        lr: of the mean (and of H, unless ``precision_lr``), in (0, 1]; constant unless ``scheduler`` is given.
+        tune: raise the bound also in prior precision(s) and the likelihood's parameters, after each epoch beyond ``burn_in``.
+        batch_size: of a pair of tensors; 64, or all data where the expectation needs no draws, unless given.
+        scheduler: a function from the optimizer to a learning-rate scheduler, stepped every epoch.
+        draws: of the weights, by which the bound of the posterior is worked out at the end (and the likelihood is tuned).
+        tol: stop where a whole step raises the bound by no more than this part of it (only where steps are tried).
+        generator: of batches and draws.
+        progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
+
+    Returns:
+        A posterior with ``posterior(x)``, ``sample_outputs``, ``log_evidence()`` (the bound) and a ``trace``.
+
+    Raises:
+        ValueError, TypeError: for data or arguments that cannot be right; FloatingPointError where even small steps end in NaN.
+
+    Example:
+        >>> import torch, bayesgn as bgn
+        >>> x = torch.linspace(-1, 1, 40)[:, None]; y = (x[:, 0] > 0).float()
+        >>> model = bgn.models.Network(torch.nn.Linear(1, 1).eval(), structure=bgn.ggn.Full)
+        >>> posterior = bgn.variational(model, bgn.likelihoods.Bernoulli(), (x, y), expectation=bgn.optim.Linearized())
+        >>> posterior.trace.converged, posterior.trace.elbo == sorted(posterior.trace.elbo)
+        (True, True)
+
+    Source: Khan and Rue (2023), "The Bayesian learning rule"; Immer (2020), "Disentangling the Gauss-Newton method and approximate inference
+    for neural networks".
+    """
+    for name, value, least in (("epochs", epochs, 1), ("burn_in", burn_in, 0), ("draws", draws, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r}; expected a whole number, at least {least}.")
+    expectation = Draws() if expectation is None else expectation
+    if data is None:
+        raise TypeError("variational needs its data: bgn.variational(model, likelihood, (x, y)), or data=train_loader for a posterior.")
+    own, likelihood, H = _begin(model, likelihood)
+    check_likelihood(likelihood)
+    steady = getattr(expectation, "steady", False)
+    walk = Epochs(data, batch_size or (2**62 if steady else 64), generator)
+    try:
+        opt = Variational(
+            own, likelihood, len(walk), curvature, expectation, 1.0 if lr is None else lr, precision_lr, momentum, damping, temperature, every,
+            generator,
+        )  # fmt: skip
+        run = _Run(opt, walk, tune, burn_in, draws, generator)
+        run.begin(H)
+        if steady and lr is None and scheduler is None and len(walk.first_batch()[1]) == len(walk):
+            _search(run, epochs, tol, progress)
+        else:
+            _epochs(run, epochs, 0.1 if lr is None else lr, lr is None, scheduler, progress)
+        return run.posterior()
+    finally:
+        for p in own.net.parameters():
+            p.grad = None
+
+
+def _begin(model: Any, likelihood) -> tuple[Network, Any, Any]:
+    """A model over a copy of the net, the likelihood, and an H to start from (None: that at the mean)."""
+    if isinstance(model, Network):
+        if likelihood is None:
+            raise TypeError("variational needs a likelihood beside a Network: bgn.variational(model, likelihoods.Categorical(), train_loader).")
+        model._warn_of_mode()
+        return model.copy(), likelihood, None
+    if not isinstance(model, WeightPosterior):
+        raise TypeError(f"model is a {type(model).__name__}; expected models.Network(net, ...), or a posterior of one to start from.")
+    model.check_fresh()
+    H = model.curvature if isinstance(model, (NetworkPosterior, VariationalPosterior)) else None
+    return Network.of(model), model.likelihood if likelihood is None else likelihood, H
+
+
+class _Run:
+    """The optimizer on its way, its trace, and the best of it."""
+
+    def __init__(self, opt: Variational, walk: Epochs, tune: bool, burn_in: int, draws: int, generator: torch.Generator | None) -> None:
+        self.opt, self.walk, self.tune, self.burn_in, self.draws, self.generator = opt, walk, tune, burn_in, draws, generator
+        self.trace = VariationalTrace()
+        self.best: tuple[float, int, dict[str, Any]] = (-math.inf, 0, {})
+
+    def begin(self, H: Any) -> None:
+        if H is None:
+            self.opt.begin(list(self.walk))
+        else:
+            self.opt.start(H)
+        self.best = -math.inf, 0, self.opt.snapshot()
+
+    def tuned(self) -> None:
+        if self.tune and len(self.trace.elbo) >= self.burn_in:
+            self.opt.tune(list(self.walk), self.draws, self.generator)
+
+    def note(self, elbo: float, lr: float, rejected: int) -> None:
+        trace, prior, noise = self.trace, self.opt.prior.precision, getattr(self.opt.likelihood, "noise", None)
+        trace.elbo.append(elbo)
+        trace.lr.append(lr)
+        trace.rejected.append(rejected)
+        trace.precision.append(prior.detach().tolist())
+        if isinstance(noise, Tensor):
+            trace.noise.append(noise.detach().tolist())
+        trace.kept = len(trace.elbo)
+        if elbo > self.best[0]:
+            self.best = elbo, len(trace.elbo), self.opt.snapshot()
+
+    def elbo(self) -> float:
+        return float(self.opt.elbo(list(self.walk), self.draws, _fork(self.opt)))
+
+    def posterior(self) -> VariationalPosterior:
+        trace = self.trace
+        if trace.kept != self.best[1] and not self.opt.expectation.steady:
+            last, own = self.elbo(), self.opt.snapshot()
+            self.opt.restore(self.best[2])
+            best = self.elbo()
+            if best > last or not math.isfinite(last):
+                trace.kept = self.best[1]
+                log.info("epoch %d is kept: its ELBO of %.6g is above the last one's, %.6g", trace.kept, best, last)
+            else:
+                self.opt.restore(own)
+        posterior = self.opt.posterior(list(self.walk), self.draws, _fork(self.opt))
+        posterior.trace = trace
+        log.info("%r", trace)
+        if trace.reason == "interrupted":
+            warnings.warn(
+                f"interrupted after {len(trace.elbo)} epochs; the posterior is what they made. bgn.variational(posterior, data=…) goes on.",
+                stacklevel=4,
+            )
+        return posterior
+
+
+def _fork(opt: Variational) -> torch.Generator:
+    """The same draws at every call, so that two beliefs are compared by them."""
+    return torch.Generator(opt.mean.device).manual_seed(0)
+
+
+def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
+    """Whole natural-gradient steps, shortened until the bound rises."""
+    opt, trace = run.opt, run.trace
+    data, now, lr = list(run.walk), run.elbo(), 1.0
+    if not math.isfinite(now):
+        raise FloatingPointError(f"the ELBO is {now} at the start; look at the data's scale, or train the net first.")
+    start, trace.reason = now, f"all {epochs} steps were taken"
+    try:
+        with _bar(epochs, progress) as bar:
+            for _ in range(epochs):
+                before, rejected, better = opt.snapshot(), 0, False
+                while lr >= SMALLEST:
+                    opt.param_groups[0]["lr"] = lr
+                    value = math.nan
+                    try:
+                        opt.step(data)
+                        value = run.elbo()
+                    except (FloatingPointError, NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
+                        log.info("a step of %g: %s", lr, error)
+                    better = value >= now - 1e-12 * (1 + abs(now))
+                    if better:
+                        break
+                    opt.restore(before)
+                    lr, rejected = 0.5 * lr, rejected + 1
+                if not better:
+                    trace.reason = f"no step of {SMALLEST:g} or more raises the bound"
+                    break
+                run.tuned()
+                value = run.elbo() if run.tune else value
+                gain, now = value - now, value
+                run.note(now, lr, rejected)
+                bar.update()
+                bar.set_postfix_str(f"ELBO {now:.6g}", refresh=False)
+                if lr == 1.0 and gain <= tol * (1 + abs(now)):
+                    trace.reason, trace.converged = "a whole step no longer raises the bound", True
+                    break
+                lr = min(1.0, 2 * lr)
+    except KeyboardInterrupt:
+        trace.reason = "interrupted"
+    if not trace.elbo:
+        trace.elbo.append(start)
+
+
+def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress: bool | None) -> None:
+    """Stochastic steps; the best epoch is returned to where the bound diverges."""
+    opt, trace = run.opt, run.trace
+    opt.param_groups[0]["lr"] = opt.param_groups[0]["initial_lr"] = lr
+    schedule = scheduler(opt) if scheduler is not None else None
+    trace.reason, rescued, shrink, floor = f"all {epochs} epochs were taken", 0, 1.0, None
+    try:
+        with _bar(epochs, progress) as bar:
+            for epoch in range(epochs):
+                if schedule is None:
+                    opt.param_groups[0]["lr"] = shrink * lr * (0.5 * (1 + math.cos(math.pi * epoch / epochs)) if anneal else 1.0)
+                try:
+                    value = _epoch(run)
+                except (FloatingPointError, NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
+                    log.info("epoch %d: %s", epoch + 1, error)
+                    value = math.nan
+                floor = value if floor is None and math.isfinite(value) else floor
+                if not math.isfinite(value) or (floor is not None and value < floor - 0.5 * abs(floor) - 10):
+                    rescued, shrink = rescued + 1, 0.5 * shrink
+                    rate = opt.param_groups[0]["lr"]
+                    opt.restore(run.best[2])
+                    if schedule is not None:
+                        opt.param_groups[0]["lr"] *= 0.5
+                        opt.param_groups[0]["initial_lr"] *= 0.5
+                    warnings.warn(
+                        f"the ELBO diverged in epoch {epoch + 1} (to {value:.4g}, lr {rate:.2g}); epoch {run.best[1]} is restored "
+                        "and the step halved. Lower lr, take more draws, or raise damping.", stacklevel=4,
+                    )  # fmt: skip
+                    if rescued == RESCUES:
+                        trace.reason = f"the ELBO diverged {RESCUES} times"
+                        trace.kept = run.best[1]
+                        break
+                    continue
+                run.tuned()
+                run.note(value, float(opt.param_groups[0]["lr"]), rescued)
+                if schedule is not None:
+                    schedule.step()
+                bar.update()
+                bar.set_postfix_str(f"ELBO {value:.6g}", refresh=False)
+    except KeyboardInterrupt:
+        trace.reason = "interrupted"
+
+
+def _epoch(run: _Run) -> float:
+    """One walk; the bound, with E_q log p as the steps met it."""
+    opt, walk, total, seen = run.opt, run.walk, 0.0, 0
+    for x, y in walk:
+        B = _data.len_of(x)
+        total, seen = total + float(opt.step(x, y)) * B, seen + B
+    return -total * len(walk) / seen - float(opt.kl())
+
+
+def _bar(epochs: int, progress: bool | None):
+    from tqdm.auto import tqdm
+
+    return tqdm(total=epochs, desc="variational", unit="epoch", leave=False, delay=0 if progress else 2, disable=progress is False)
+
+
+__all__ = ["VariationalTrace", "variational"]

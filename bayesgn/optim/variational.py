@@ -1,0 +1,368 @@
+"""Natural-gradient Gaussian variational inference as a torch Optimizer: the weights of the net are the mean, H + P is the precision."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bayesgn import _data
+from bayesgn.ggn import Curvature, Precision
+from bayesgn.ggn.structure import accumulator
+from bayesgn.likelihoods import Likelihood
+from bayesgn.optim.checks import check_kind
+from bayesgn.optim.expectations import AtMean, Belief, Draws, Estimate, Expectation, Pairs, View
+from bayesgn.rules.curvatures import Curvature as Bending
+from bayesgn.rules.curvatures import GaussNewton
+
+logger = logging.getLogger("bayesgn.optim")
+
+
+class Variational(torch.optim.Optimizer):
+    """Variational inference with q(θ) = N(m, (H/T + P)⁻¹), by natural gradients of the bound.
+
+        ELBO = E_q log p(y|θ) − T · KL(q ‖ N(μ, P⁻¹))
+        H ← (1 − ρ) H + ρ N/B E_q Σ JᵀΛJ                      over a batch of B of the N data
+        m ← m − lr (H/T + P + damping)⁻¹ ( N/B E_q ∂loss / T + P (m − μ) )
+
+    The arguments are independent of one another, and name the published methods among them:
+
+    | method | curvature | structure | expectation |
+    |---|---|---|---|
+    | VOGGN | ``rules.GaussNewton()`` | ``ggn.Full``, ``Layerwise``, ``Kron``, ``Diag`` | ``Draws(n)`` |
+    | VOGN | ``rules.EmpiricalFisher()`` | ``ggn.Diag`` | ``Draws(n)`` |
+    | OGGN, OGN | as above | as above | ``AtMean()`` |
+    | VON | ``rules.Exact()`` | ``ggn.Hessian`` | ``Draws(n)`` |
+    | IVON | – | ``ggn.Diag`` | ``Reparameterized(n)`` |
+    | SLANG | ``rules.EmpiricalFisher()`` or ``GaussNewton()`` | ``ggn.LowRankPlusDiagonal`` | ``Draws(n)`` |
+    | in the linearised model (no draws) | any | any | ``Linearized()`` |
+
+    The net is trained in place: between steps its weights are the mean. It is evaluated in eval mode (dropout off, BatchNorm by its running
+    statistics), and its mode and flags are left as they came.
+
+    Args:
+        model: ``models.Network(net, prior, structure, parameters)``.
+        likelihood: p(y|f); a copy is taken, whose parameters :meth:`tune` moves.
+        num_data: N, data in all, of which a batch is a part.
+        curvature: Λ; ``rules.GaussNewton()`` unless given.
+        expectation: how E_q is taken; ``Draws(1)`` unless given.
+        lr: of the mean; a torch scheduler may move it.
+        precision_lr: ρ; ``lr`` as it stands unless given.
+        momentum: of the gradient, in [0, 1).
+        damping: added to the precision where it divides the gradient, never to q.
+        temperature: T; below 1 a colder, narrower posterior.
+        every: steps from one renewal of H to the next.
+        generator: of all draws.
+
+    Attributes:
+        prior, likelihood: own copies; what :meth:`tune` moves.
+
+    Raises:
+        TypeError, ValueError: for arguments or batches that cannot be right; FloatingPointError for a step that is not finite, which is not taken.
+
+    Example:
+        >>> import torch
+        >>> from bayesgn import ggn, likelihoods, models, optim
+        >>> x = torch.linspace(-1, 1, 40)[:, None]; y = 2 * x + 1
+        >>> model = models.Network(torch.nn.Linear(1, 1).eval(), structure=ggn.Full)
+        >>> opt = optim.Variational(model, likelihoods.Gaussian(0.1), num_data=40, expectation=optim.Linearized(), lr=1.0)
+        >>> _ = opt.step(x, y)  # one step solves a conjugate model
+        >>> opt.posterior((x, y)).weight_variance()
+        tensor([0.0071, 0.0025], dtype=torch.float64)
+
+    Source: Khan and Rue (2023), "The Bayesian learning rule", sec. 4; Immer (2020), "Disentangling the Gauss-Newton method and approximate
+    inference for neural networks", for VOGGN with full and structured covariances.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        likelihood: Likelihood,
+        num_data: int,
+        curvature: Bending | None = None,
+        expectation: Expectation | None = None,
+        lr: float = 0.1,
+        precision_lr: float | None = None,
+        momentum: float = 0.0,
+        damping: float = 0.0,
+        temperature: float = 1.0,
+        every: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not all(hasattr(model, name) for name in ("net", "vector", "linearizer", "structure", "prior", "believe")):
+            raise TypeError(f"model is a {type(model).__name__}; expected models.Network(net, prior=..., structure=...).")
+        check_kind("likelihood", likelihood, Likelihood, "likelihood of bayesgn.likelihoods, e.g. likelihoods.Categorical()")
+        self.expectation = Draws() if expectation is None else expectation
+        check_kind("expectation", self.expectation, Expectation, "expectation of bayesgn.optim, e.g. optim.Draws(1)")
+        if curvature is not None:
+            check_kind("curvature", curvature, Bending, "curvature of bayesgn.rules, e.g. rules.GaussNewton()")
+        self.expectation.check(model.structure, curvature)
+        self.bending = GaussNewton() if curvature is None else curvature
+        if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
+            raise ValueError(f"num_data={num_data!r}; expected how many data there are in all, e.g. len(train_loader.dataset).")
+        _check("lr", lr, 0 < lr <= 1, "in (0, 1]: 1 is a whole natural-gradient step")
+        _check("precision_lr", precision_lr, precision_lr is None or 0 < precision_lr <= 1, "in (0, 1]")
+        _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
+        _check("damping", damping, 0 <= damping < math.inf, "a precision, 0 or more")
+        _check("temperature", temperature, 0 < temperature < math.inf, "positive")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r}; expected steps from one renewal of the curvature to the next, at least 1.")
+        self.model, self.num_data, self.precision_lr, self.generator = model, num_data, precision_lr, generator
+        self.momentum, self.damping, self.temperature, self.every = momentum, damping, temperature, every
+        self.net, self.vector, self.linearizer = model.net, model.vector, model.linearizer
+        self._own = self.vector.tensors(self.net)
+        first = next(iter(self._own.values()))
+        self._zero = torch.zeros((), dtype=accumulator(first), device=first.device)
+        dtype = None if self._zero.dtype == torch.float64 else self._zero.dtype
+        self.prior = copy.deepcopy(model.prior).to(first.device, dtype)
+        self.likelihood = copy.deepcopy(likelihood).to(first.device, dtype)
+        self.curvature: Curvature | None = None  # H, at unit noise
+        self._precision: Precision | None = None
+        self._velocity: Tensor | None = None
+        self.steps = 0
+        super().__init__(list(self._own.values()), {"lr": float(lr)})
+
+    # -- q -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> Tensor:
+        """m of the selected weights [p]."""
+        return self.vector.flatten(self.net).to(self._zero)
+
+    def scale(self) -> Tensor:
+        """By which H, kept at unit noise, enters the precision of q."""
+        return self.bending.scale(self.likelihood).detach().to(self._zero) / self.temperature
+
+    def _prior(self, more: float = 0.0) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        parts = self.prior.of(self.linearizer.blocks)
+        return [found.setdefault(id(p), p.detach().to(self._zero) + more) for p in parts]  # (one tensor stays one: a scalar prior)
+
+    def prior_vector(self) -> Tensor:
+        """The diagonal of P [p]."""
+        return torch.cat([p.expand(b.numel) for p, b in zip(self._prior(), self.linearizer.blocks, strict=True)])
+
+    def deviation(self) -> Tensor:
+        """m − μ [p]."""
+        θ = self.mean
+        return θ - self.prior.mean_vector(self.vector, θ)
+
+    def precision(self) -> Precision:
+        """Σ⁻¹ = H/T + P."""
+        if self.curvature is None:
+            raise RuntimeError("there is no belief before the first step: call step(x, y), or start from a posterior's curvature.")
+        if self._precision is None:
+            self._precision = self.curvature.solver(self._prior(), self.scale())
+        return self._precision
+
+    def _belief(self) -> Belief:
+        precision = None if self.curvature is None else self.precision()
+        return Belief(
+            self.net, self.vector, self.linearizer, self.likelihood, self.bending, self.model.structure, self.mean, precision
+        )  # fmt: skip
+
+    def start(self, curvature: Curvature) -> None:
+        """Begin from an H at unit noise (of a Laplace posterior of the same structure, say) instead of that of the first batch."""
+        H = self._belief().empty()
+        H.load({name: t.clone() for name, t in curvature.tensors().items()})
+        self.curvature, self._precision = H, None
+
+    def begin(self, data: Any) -> None:
+        """Begin from H at the mean over all of some data, instead of that of the first batch."""
+        pairs, B = self._pairs(*data) if _pair(data) else self._pairs(data, None)
+        self._begin(pairs, self.num_data / B)
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self, x: Any = None, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """One step on a batch, or on all batches of a loader at once; the expected loss of a datum, −E_q log p(y|f), before it."""
+        if x is None or (callable(x) and not isinstance(x, Tensor) and not hasattr(x, "__iter__")):
+            raise TypeError("a step needs its batch: step(x, y), or step(loader) for all data at once.")
+        changed = next((n for n, p in self.vector.tensors(self.net).items() if p is not self._own[n]), None)
+        if changed is not None:
+            raise RuntimeError(f"{changed} of the net was replaced after the optimizer was made (assign=True?); build a new one.")
+        pairs, B = self._pairs(x, y)
+        if self.curvature is None:
+            self._begin(pairs, self.num_data / B)
+        found = self.expectation.estimate(self._belief(), pairs, self.generator)
+        if not bool(torch.isfinite(found.loss)) or not bool(found.gradient.isfinite().all()):
+            raise FloatingPointError(f"the expected loss is {float(found.loss):.4g} or its gradient is not finite; lower lr, or raise damping.")
+        self._take(found, self.num_data / B)
+        return found.loss.detach() / B
+
+    def _pairs(self, x: Any, y: Tensor | None) -> tuple[Pairs, int]:
+        pairs = list(_data.batches((x, y), batch_size=2**62) if y is not None else _data.batches(x))
+        pairs = [(a, b) for a, b in pairs if _data.len_of(a)]
+        if not pairs:
+            raise ValueError("the data are empty (0 rows); there is nothing to learn from.")
+        for a, _ in pairs:
+            _data.check_finite(a, "x")
+        self.linearizer.prepare(pairs[0][0], self.likelihood.rows)
+        for p in self._own.values():
+            p.grad = None
+        return pairs, sum(_data.len_of(a) for a, _ in pairs)
+
+    def _begin(self, pairs: Pairs, whole: float) -> None:
+        """H before anything is known: that at the mean over the first batch, or a guess."""
+        scale = self.bending.scale(self.likelihood).detach().to(self._zero)
+        belief = self._belief()
+        H = belief.empty()
+        if self.expectation.first:
+            H.blend(AtMean().estimate(belief, pairs, self.generator).curvature, 0.0, float(whole / scale))  # type: ignore[arg-type]
+        else:
+            guess = self.expectation.initial * self.num_data / float(scale)  # type: ignore[attr-defined]
+            H.load({name: torch.full_like(t, guess) for name, t in H.tensors().items()})
+        self.curvature, self._precision = H, None
+
+    def _take(self, found: Estimate, whole: float) -> None:
+        lr = float(self.param_groups[0]["lr"])
+        H, ρ = self.curvature, lr if self.precision_lr is None else self.precision_lr
+        assert H is not None
+        if self.steps % self.every == 0:
+            scale = self.bending.scale(self.likelihood).detach().to(self._zero)
+            self.expectation.move(H, found, 1 - ρ, float(ρ * whole / scale), self.precision(), self.scale())
+            self._precision = None
+        slope = whole * found.gradient.to(self._zero) / self.temperature + self.prior_vector() * self.deviation()
+        if self.momentum:
+            kept = torch.zeros_like(slope) if self._velocity is None else self._velocity
+            self._velocity = self.momentum * kept + (1 - self.momentum) * slope
+            slope = self._velocity / (1 - self.momentum ** (self.steps + 1))
+        precision = H.solver(self._prior(self.damping), self.scale()) if self.damping else self.precision()
+        θ = self.mean - lr * precision.solve(slope)
+        if not bool(θ.isfinite().all()):
+            raise FloatingPointError("the step is not finite; lower lr, or raise damping.")
+        self._write(θ)
+        self.steps += 1
+
+    @torch.no_grad()
+    def _write(self, θ: Tensor) -> None:
+        for name, value in self.vector.unflatten(θ, self.net).items():
+            self._own[name].copy_(value)
+
+    # -- the bound -----------------------------------------------------------------------------------------------------
+
+    def kl(self) -> Tensor:
+        """KL(q ‖ prior) in nats."""
+        precision, P, δ = self.precision(), self.prior_vector(), self.deviation()
+        return 0.5 * ((P * precision.diagonal()).sum() + (P * δ.square()).sum() - len(P) - P.log().sum() + precision.logdet())
+
+    def views(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> list[View]:
+        """E_q log p(y|f) of all batches of some data, part by part."""
+        pairs, _ = self._pairs(*data) if _pair(data) else self._pairs(data, None)
+        return list(self.expectation.views(self._belief(), pairs, draws, self.generator if generator is None else generator))
+
+    @torch.no_grad()
+    def elbo(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Tensor:
+        """E_q log p(y|θ) − KL(q ‖ prior) over all N ``data``, in nats; by ``draws`` draws of q where the expectation draws.
+
+        At every temperature this is the bound of the log evidence, not the tempered objective.
+        """
+        return sum(v.value(self.likelihood) for v in self.views(data, draws, generator)).to(self._zero) - self.kl()  # type: ignore[union-attr]
+
+    def tune(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> None:
+        """Raise the bound in the hyper-parameters at this q: prior precision(s) in closed form, the likelihood's parameters by L-BFGS.
+
+            P_g = count_g / Σ_{i in g} ( (m_i − μ_i)² + Σ_ii )
+        """
+        if self.prior.log_precision.requires_grad:
+            moment = (self.deviation().square() + self.precision().diagonal()).detach()
+            with torch.enable_grad():
+                # log P enters the bound as ½ Σ_i (log P_i − P_i moment_i): counts and sums are its derivatives.
+                parts = torch.cat([p.expand(b.numel) for p, b in zip(self.prior.of(self.linearizer.blocks), self.linearizer.blocks, strict=True)])
+                (count,) = torch.autograd.grad(parts.log().sum(), self.prior.log_precision, retain_graph=True)
+                (total,) = torch.autograd.grad((parts.to(moment) * moment).sum(), self.prior.log_precision)
+            with torch.no_grad():
+                change = (count / total.clamp_min(torch.finfo(total.dtype).tiny)).log()
+                self.prior.log_precision += torch.where(count > 0, change, 0.0)
+        free = [p for p in self.likelihood.parameters() if p.requires_grad]
+        if free:
+            _raise(self.likelihood, free, self.views(data, draws, generator))
+        self._precision = None
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def posterior(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Any:
+        """q as a ``models.VariationalPosterior``, with the bound over all N ``data``; it holds a copy of the net, at the mean."""
+        self.precision()
+        statistics: dict[str, Tensor] = {}
+        for view in self.views(data, draws, generator):
+            for name, t in view.statistics(self.likelihood).items():
+                statistics[name] = statistics[name] + t if name in statistics else t
+        return self.model.believe(self, statistics)
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a step moves, to go back to by :meth:`restore`."""
+        return {
+            "mean": self.mean, "curvature": None if self.curvature is None else self.curvature.copy(), "velocity": self._velocity,
+            "steps": self.steps, "prior": copy.deepcopy(self.prior.state_dict()), "likelihood": copy.deepcopy(self.likelihood.state_dict()),
+        }  # fmt: skip
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Back to a :meth:`snapshot`."""
+        self._write(snapshot["mean"])
+        self.curvature = None if snapshot["curvature"] is None else snapshot["curvature"].copy()
+        self._velocity, self.steps, self._precision = snapshot["velocity"], snapshot["steps"], None
+        self.prior.load_state_dict(snapshot["prior"])
+        self.likelihood.load_state_dict(snapshot["likelihood"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with H, momentum and hyper-parameters; safe to load with ``weights_only=True``. The mean is the net's own."""
+        state = super().state_dict()
+        state["variational"] = {
+            "curvature": None if self.curvature is None else dict(self.curvature.tensors()),
+            "velocity": self._velocity, "steps": self.steps, "prior": self.prior.state_dict(), "likelihood": self.likelihood.state_dict(),
+        }  # fmt: skip
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another optimizer of the same arguments stood; load the net's weights beside it."""
+        own = state_dict.get("variational")
+        if own is None:
+            raise ValueError("this state_dict is not of optim.Variational: it has no 'variational'.")
+        super().load_state_dict({k: v for k, v in state_dict.items() if k != "variational"})
+        self.curvature = None
+        if own["curvature"] is not None:
+            self.curvature = self._belief().empty()
+            self.curvature.load(own["curvature"])
+        self._velocity, self.steps, self._precision = own["velocity"], own["steps"], None
+        self.prior.load_state_dict(own["prior"])
+        self.likelihood.load_state_dict(own["likelihood"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k != "step"}  # (a scheduler's wrapper)
+
+    def __repr__(self) -> str:
+        return f"Variational({self.vector.numel} weights, {self.bending!r}, {self.model.structure!r}, {self.expectation!r})"
+
+
+def _raise(likelihood, free: list[nn.Parameter], views: list[View], steps: int = 20) -> None:
+    """Raise Σ E_q log p in the likelihood's parameters, in place."""
+    before = [p.detach().clone() for p in free]
+    search = torch.optim.LBFGS(free, lr=1.0, max_iter=steps, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        value = -sum(view.value(likelihood) for view in views) / sum(view.y.shape[0] for view in views)
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        search.step(loss)  # type: ignore[arg-type]
+    for p, old in zip(free, before, strict=True):
+        p.grad = None
+        if not bool(p.isfinite().all()):
+            logger.warning("the likelihood's parameters left the finite numbers while being tuned; they stay as they were")
+            p.data.copy_(old)
+
+
+def _pair(data: Any) -> bool:
+    return isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
+
+
+def _check(name: str, value: Any, good: Any, expected: str) -> None:
+    if isinstance(value, (bool, str)) or not good:
+        raise ValueError(f"{name}={value!r}; expected a number {expected}.")
