@@ -55,3 +55,10 @@ def require(name: str, extra: str) -> ModuleType:
             f"this needs the package {package}, which is not installed; `pip install 'bayesgn[{extra}]'` brings it",
             name=package,
         ) from error
+
+
+def load_arviz() -> ModuleType:
+    """arviz, without what it says of its next version at import; :func:`require` s it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)
+        return require("arviz", extra="diagnostics")

@@ -17,6 +17,7 @@ from bayesgn._psd import NotPositiveDefiniteError
 from bayesgn.inference.training import Epochs
 from bayesgn.models.network import Network, check_likelihood
 from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.stream import callers_level
 from bayesgn.models.variational_posterior import VariationalPosterior
 from bayesgn.models.weight_posterior import WeightPosterior
 from bayesgn.optim import Draws, Expectation, Variational
@@ -33,7 +34,7 @@ class VariationalTrace:
     """The course of :func:`variational`; ``plots.evidence_trace(posterior.trace.elbo)`` draws it.
 
     Attributes:
-        elbo: the bound after every epoch, in nats; where steps are by draws, with E_q log p as the epoch's steps met it.
+        elbo: the bound after every epoch, in nats; where steps are by draws or batches, that of the q before it, with E_q log p as the steps met it.
         lr: the step size of every epoch.
         precision, noise: hyper-parameters after every epoch (noise where the likelihood has one).
         rejected: steps that were taken back, by epoch: shortened where the bound is known, returned to the best epoch where it diverged.
@@ -142,7 +143,7 @@ def variational(
         )  # fmt: skip
         run = _Run(opt, walk, tune, burn_in, draws, generator)
         run.begin(H)
-        if steady and lr is None and scheduler is None and len(walk.first_batch()[1]) == len(walk):
+        if run.exact and lr is None and scheduler is None:
             _search(run, epochs, tol, progress)
         else:
             _epochs(run, epochs, 0.1 if lr is None else lr, lr is None, scheduler, progress)
@@ -172,6 +173,7 @@ class _Run:
     def __init__(self, opt: Variational, walk: Epochs, tune: bool, burn_in: int, draws: int, generator: torch.Generator | None) -> None:
         self.opt, self.walk, self.tune, self.burn_in, self.draws, self.generator = opt, walk, tune, burn_in, draws, generator
         self.trace = VariationalTrace()
+        self.exact = opt.expectation.steady and len(walk.first_batch()[1]) == len(walk)  # the bound is known after every epoch
         self.best: tuple[float, int, dict[str, Any]] = (-math.inf, 0, {})
 
     def begin(self, H: Any) -> None:
@@ -183,9 +185,10 @@ class _Run:
 
     def tuned(self) -> None:
         if self.tune and len(self.trace.elbo) >= self.burn_in:
-            self.opt.tune(list(self.walk), self.draws, self.generator)
+            self.opt.tune(list(self.walk), max(1, self.draws // 4), self.generator)
 
-    def note(self, elbo: float, lr: float, rejected: int) -> None:
+    def note(self, elbo: float, lr: float, rejected: int, of: dict[str, Any] | None = None) -> None:
+        """An epoch is over; ``of`` is the q that the bound is of, where it is not the present one but the epoch's first."""
         trace, prior, noise = self.trace, self.opt.prior.precision, getattr(self.opt.likelihood, "noise", None)
         trace.elbo.append(elbo)
         trace.lr.append(lr)
@@ -195,7 +198,7 @@ class _Run:
             trace.noise.append(noise.detach().tolist())
         trace.kept = len(trace.elbo)
         if elbo > self.best[0]:
-            self.best = elbo, len(trace.elbo), self.opt.snapshot()
+            self.best = elbo, len(trace.elbo) - (of is not None), self.opt.snapshot() if of is None else of
 
     def elbo(self) -> float:
         return float(self.opt.elbo(list(self.walk), self.draws, _fork(self.opt)))
@@ -217,7 +220,7 @@ class _Run:
         if trace.reason == "interrupted":
             warnings.warn(
                 f"interrupted after {len(trace.elbo)} epochs; the posterior is what they made. bgn.variational(posterior, data=…) goes on.",
-                stacklevel=4,
+                stacklevel=callers_level(),
             )
         return posterior
 
@@ -281,6 +284,7 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
             for epoch in range(epochs):
                 if schedule is None:
                     opt.param_groups[0]["lr"] = shrink * lr * (0.5 * (1 + math.cos(math.pi * epoch / epochs)) if anneal else 1.0)
+                first = opt.snapshot()
                 try:
                     value = _epoch(run)
                 except (FloatingPointError, NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
@@ -296,7 +300,7 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
                         opt.param_groups[0]["initial_lr"] *= 0.5
                     warnings.warn(
                         f"the ELBO diverged in epoch {epoch + 1} (to {value:.4g}, lr {rate:.2g}); epoch {run.best[1]} is restored "
-                        "and the step halved. Lower lr, take more draws, or raise damping.", stacklevel=4,
+                        "and the step halved. Lower lr, take more draws, or raise damping.", stacklevel=callers_level(),
                     )  # fmt: skip
                     if rescued == RESCUES:
                         trace.reason = f"the ELBO diverged {RESCUES} times"
@@ -304,7 +308,7 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
                         break
                     continue
                 run.tuned()
-                run.note(value, float(opt.param_groups[0]["lr"]), rescued)
+                run.note(value, float(opt.param_groups[0]["lr"]), rescued, None if run.exact else first)
                 if schedule is not None:
                     schedule.step()
                 bar.update()
@@ -314,12 +318,12 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
 
 
 def _epoch(run: _Run) -> float:
-    """One walk; the bound, with E_q log p as the steps met it."""
-    opt, walk, total, seen = run.opt, run.walk, 0.0, 0
+    """One walk; the bound, with E_q log p as the steps met it, and so of the q at its beginning, more or less."""
+    opt, walk, total, seen, divergence = run.opt, run.walk, 0.0, 0, float(run.opt.kl())
     for x, y in walk:
         B = _data.len_of(x)
         total, seen = total + float(opt.step(x, y)) * B, seen + B
-    return -total * len(walk) / seen - float(opt.kl())
+    return run.elbo() if run.exact else -total * len(walk) / seen - divergence
 
 
 def _bar(epochs: int, progress: bool | None):

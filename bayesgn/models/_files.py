@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from bayesgn.ggn.linearization import Linearizer
 from bayesgn.models.linearized import LinearizedPosterior
 from bayesgn.models.linearized_data import LinearizedData
 from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.variational_posterior import VariationalPosterior
 from bayesgn.models.weight_posterior import WeightPosterior
 from bayesgn.models.weight_prior import WeightPrior
 
-KINDS = "NetworkPosterior", "LinearizedPosterior"
+KINDS = "NetworkPosterior", "LinearizedPosterior", "VariationalPosterior"
 
 
 def save(posterior: WeightPosterior, path: str | Path) -> Path:
@@ -49,6 +51,8 @@ def load(path: str | Path, net: nn.Module, likelihood=None) -> WeightPosterior:
     header, tensors = _files.read(path, *KINDS)
     net = unwrap(net)
     try:
+        if header["kind"] == KINDS[2]:
+            net = _at_mean(header, tensors, net)
         check_net(header["net"], net, str(path))
         vector = ParameterVector(
             tuple(header["names"]),
@@ -57,15 +61,14 @@ def load(path: str | Path, net: nn.Module, likelihood=None) -> WeightPosterior:
         )
         linearizer = Linearizer(net, vector, header["use_backpack"])
         linearizer.blocks = restore_blocks(header["blocks"], find_blocks(net, vector))
-        linearized = header["kind"] == KINDS[1]
-        structure, rule = build(header["structure"], STRUCTURES), build(header["rule"], RULES if linearized else {"Laplace": rules.Laplace})
+        restore = {KINDS[0]: _laplace, KINDS[1]: _linearized, KINDS[2]: _variational}[header["kind"]]
+        structure, rule = build(header["structure"], STRUCTURES), build(header["rule"], {"Laplace": rules.Laplace} if restore is _laplace else RULES)
         likelihood = likelihood_from(header["likelihood"], likelihood, str(path))
         _load_state(likelihood, _files.section(tensors, "likelihood"), "likelihood")
         mean = header["prior"]["mean"]
         prior = WeightPrior(1.0, _files.section(tensors, "prior_mean") if mean is None else mean)
         prior.groups = header["prior"]["groups"]
         prior.log_precision = nn.Parameter(tensors["prior.log_precision"])
-        restore = _linearized if linearized else _laplace
         posterior = restore(header, tensors, linearizer, structure, likelihood, prior, rule)
         for name, p in _hyperparameters(posterior).items():
             p.requires_grad_(name not in header["frozen"])
@@ -83,6 +86,32 @@ def _laplace(header: dict, tensors: dict[str, Tensor], linearizer: Linearizer, s
     curvature.load(_files.section(tensors, "curvature"))
     statistics = {k: v.to(like.device) for k, v in _files.section(tensors, "statistics").items()}
     return NetworkPosterior(linearizer, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), structure=structure)
+
+
+def _variational(header: dict, tensors: dict[str, Tensor], linearizer: Linearizer, structure, likelihood, prior, rule) -> VariationalPosterior:
+    like = linearizer.vector.flatten(linearizer.net)
+    curvature = structure.start(linearizer.blocks, like)
+    curvature.load(_files.section(tensors, "curvature"))
+    statistics = {k: v.to(like.device) for k, v in _files.section(tensors, "statistics").items()}
+    T, spread = float(tensors["temperature"]), tensors["spread"]
+    return VariationalPosterior(linearizer, structure, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), T, spread)
+
+
+def _at_mean(header: dict, tensors: dict[str, Tensor], net: nn.Module) -> nn.Module:
+    """A copy of the net with the file's mean for the selected weights: a variational mean is not where the user's net stands."""
+    net, mean, start = copy.deepcopy(net), tensors["mean"], 0
+    own, masks = dict(net.named_parameters()), _files.section(tensors, "masks")
+    with torch.no_grad():
+        for name, shape in zip(header["names"], header["shapes"], strict=True):
+            size = len(masks[name]) if name in masks else math.prod(shape)
+            part, start = mean[start : start + size], start + size
+            if name not in own or list(own[name].shape) != shape:
+                continue  # another net: check_net says so
+            if name in masks:
+                own[name].view(-1)[masks[name].to(own[name].device)] = part.to(own[name])
+            else:
+                own[name].copy_(part.reshape(shape))
+    return net
 
 
 def _linearized(header: dict, tensors: dict[str, Tensor], linearizer: Linearizer, structure, likelihood, prior, rule) -> LinearizedPosterior:

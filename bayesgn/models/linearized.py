@@ -178,6 +178,21 @@ class LinearizedPosterior(WeightPosterior):
             log_Z = log_Z + 0.5 * (self._determined() - (self.sites.nat2 * q.cov).sum())
         return log_Z + self.rule.term(self.likelihood, q, self.y, self.sites).sum()
 
+    @torch.no_grad()
+    def bound_at(self, shift: Tensor) -> Tensor:
+        """The variational bound of N(θ* + shift, Σ), another mean with the covariance of these sites, under a rule that has a bound.
+
+        With a shift of zero, and sites made at the net's own outputs, that is the Gaussian of ``bgn.laplace``.
+
+        Raises:
+            TypeError: for a rule without a bound.
+        """
+        if not self.rule.bound:
+            raise TypeError(f"{self.rule!r} has no bound; restart(rules.Variational()) gives this posterior one.")
+        q = Marginals(self.data.f + self.data.matvec(shift), self.marginals().cov)
+        fit = self.rule.term(self.likelihood, q, self.y, self.sites) + self.sites.expected_log(q)  # E_q log p(y_n | f)
+        return fit.sum() + self.log_prior_and_volume(self._settled(), self.deviation + shift) + 0.5 * self._determined()
+
     def _determined(self) -> Tensor:
         """tr H̃ (H̃ + P)⁻¹ = ∂ log det(s H̃ + P) / ∂s at s = 1."""
         graph = torch.is_grad_enabled()

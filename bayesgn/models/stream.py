@@ -261,10 +261,10 @@ class Validation:
         if self._warned is None:
             self._warned = bool(said)
             for warning in said:
-                warnings.warn(warning.message, stacklevel=_callers_level())
+                warnings.warn(warning.message, stacklevel=callers_level())
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """The ``stacklevel`` (for our own caller) of the first frame outside bayesgn."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "bayesgn":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from bayesgn.ggn import Curvature, Linearizer, Precision, Structure
 from bayesgn.ggn.evaluation import at_rest, call, per_datum
 from bayesgn.ggn.held import held
 from bayesgn.ggn.marginals import row_blocks
+from bayesgn.ggn.products import FactorProducts
 from bayesgn.likelihoods.cubature import Cubature
 from bayesgn.optim.batches import Batches
 from bayesgn.rules import Marginals, Sites, Variational
@@ -34,12 +35,14 @@ class Estimate(NamedTuple):
         gradient: of that in the mean of q [p].
         curvature: E_q Σ JᵀΛJ; None where the expectation makes it elsewhere.
         diagonal: in its place, a guess at the diagonal of E_q ∂²loss [p], of either sign.
+        times: v [p] -> E_q Σ JᵀΛJ v, with nothing left out, where that is at hand.
     """
 
     loss: Tensor
     gradient: Tensor
     curvature: Curvature | None
     diagonal: Tensor | None = None
+    times: Callable[[Tensor], Tensor] | None = None
 
 
 class Belief(NamedTuple):
@@ -47,6 +50,7 @@ class Belief(NamedTuple):
 
     Attributes:
         net, vector, linearizer: the net, which of its weights, and J.
+        own: these weights, by name.
         likelihood, bending, structure: p(y|f), Λ, and how JᵀΛJ is kept.
         mean: [p].
         precision: Σ⁻¹, or None before any curvature is known.
@@ -54,6 +58,7 @@ class Belief(NamedTuple):
 
     net: nn.Module
     vector: ParameterVector
+    own: dict[str, nn.Parameter]
     linearizer: Linearizer
     likelihood: Any
     bending: Bending
@@ -70,11 +75,8 @@ class Belief(NamedTuple):
         finally:
             self._write(self.mean)
 
-    @torch.no_grad()
     def _write(self, θ: Tensor) -> None:
-        own = self.vector.tensors(self.net)
-        for name, value in self.vector.unflatten(θ, self.net).items():
-            own[name].copy_(value)
+        write(self.vector, self.own, θ)
 
     def draws(self, n: int, antithetic: bool, generator: torch.Generator | None) -> Tensor:
         """θ − mean [n p]; of antithetic ones every second is the one before, turned round."""
@@ -98,8 +100,22 @@ class Belief(NamedTuple):
 
     def empty(self) -> Curvature:
         """H = 0."""
-        like = next(iter(self.vector.tensors(self.net).values()))
+        like = next(iter(self.own.values()))
         return self.structure.start(self.linearizer.blocks, like)
+
+    def sloped(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Loss and gradient [p] where the net stands, by one backward pass a batch."""
+        own, like = self.own, self.mean
+        loss, gradient = like.new_zeros(()), torch.zeros_like(like)
+        with at_rest(self.net, own):
+            for x, y in pairs:
+                f = per_datum(self.likelihood.rows(call(self.net, self.linearizer.place(x))), _data.len_of(x))
+                y = _data.to(y, f.device)
+                self.likelihood.validate(f.detach(), y)
+                part = -self.likelihood.log_prob(f, y).sum()
+                found = torch.autograd.grad(part, list(own.values()), allow_unused=True)
+                loss, gradient = loss + part.detach().to(like), gradient + flat(self.vector, own, found).to(like)
+        return loss, gradient
 
     def outputs(self, x: Any) -> Tensor:
         """The net where it stands, without a graph [n *positions c]."""
@@ -158,6 +174,10 @@ class Expectation(ABC):
     def estimate(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
         """Loss, gradient and curvature of some batches."""
 
+    def slope(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
+        """Loss and gradient alone, for the steps between two renewals of the curvature."""
+        return self.estimate(belief, pairs, generator)
+
     @abstractmethod
     def views(self, belief: Belief, pairs: Pairs, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         """E_q log p of some batches, as it is reported and as the likelihood is tuned by; of ``draws`` draws where it draws."""
@@ -206,6 +226,9 @@ class AtMean(_ByDraws):
         batches, H = belief.bent(pairs, generator)
         return Estimate(batches.loss, batches.gradient, H)
 
+    def slope(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
+        return Estimate(*belief.sloped(pairs), None)
+
 
 class Draws(_ByDraws):
     """At draws of the weights: VOGGN with ``rules.GaussNewton()``, VOGN with ``rules.EmpiricalFisher()``, VON with ``rules.Exact()``
@@ -236,12 +259,23 @@ class Draws(_ByDraws):
                 curvature.blend(H, 1.0, 1.0 / self.n)
         return Estimate(loss, gradient, curvature)  # type: ignore[arg-type]
 
+    def slope(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
+        loss, gradient = belief.mean.new_zeros(()), torch.zeros_like(belief.mean)
+        for ε in belief.draws(self.n, self.antithetic, generator):
+            with belief.at(belief.mean + ε):
+                part, g = belief.sloped(pairs)
+            loss, gradient = loss + part / self.n, gradient + g / self.n
+        return Estimate(loss, gradient, None)
+
 
 class Linearized(Expectation):
     """Over the linearised functions, f_lin(x) ~ N(f(x; mean), J Σ Jᵀ), by closed form or cubature: no draw, no noise.
 
     Exact for nets that are linear in their weights (logistic and softmax regression, last layers of fixed features). For other nets the
     bound is that of the model linearised at the mean, the one that ``posterior(x)`` predicts with; it may be above the log evidence of the net.
+
+    A step on all data moves the mean by the exact Gauss-Newton matrix whatever the structure, by conjugate gradients with the structure for
+    preconditioner; the structure is that of the covariance alone. So a diagonal q settles as fast as a full one.
 
     Args:
         cubature: of the expectation; by the number of outputs unless given.
@@ -269,7 +303,10 @@ class Linearized(Expectation):
             gradient = gradient - torch.cat([f.rmatvec(one.to(f.dtype))[:, 0] for f in lin.factors(g)]).to(gradient)
             stream.append((lin, S))
         H.fit(stream)
-        return Estimate(loss, gradient, H)
+        if H.exact:
+            return Estimate(loss, gradient, H)
+        products = [FactorProducts(lin.blocks, lin.factors(S), belief.mean.dtype) for lin, S in stream]
+        return Estimate(loss, gradient, H, times=lambda v: sum(J.rmatvec(J.matvec(v[:, None])) for J in products)[:, 0])  # type: ignore[index]
 
     def views(self, belief: Belief, pairs: Pairs, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         rule = Variational(belief.bending, self.cubature)
@@ -331,19 +368,12 @@ class Reparameterized(_ByDraws):
 
     def estimate(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
         assert belief.precision is not None
-        like, own = belief.mean, belief.vector.tensors(belief.net)
+        like = belief.mean
         loss, gradient, moment = like.new_zeros(()), torch.zeros_like(like), torch.zeros_like(like)
         for ε in belief.draws(self.n, self.antithetic, generator):
-            with belief.at(like + ε), at_rest(belief.net, own):
-                total = torch.zeros((), device=like.device)
-                for x, y in pairs:
-                    f = per_datum(belief.likelihood.rows(call(belief.net, belief.linearizer.place(x))), _data.len_of(x))
-                    y = _data.to(y, f.device)
-                    belief.likelihood.validate(f.detach(), y)
-                    total = total - belief.likelihood.log_prob(f, y).sum()
-                parts = torch.autograd.grad(total, list(own.values()), allow_unused=True)
-            g = flat(belief.vector, own, parts).to(like)
-            loss, gradient, moment = loss + total.detach() / self.n, gradient + g / self.n, moment + g * ε / self.n
+            with belief.at(like + ε):
+                part, g = belief.sloped(pairs)
+            loss, gradient, moment = loss + part / self.n, gradient + g / self.n, moment + g * ε / self.n
         return Estimate(loss, gradient, None, moment / belief.precision.diagonal())
 
     def move(self, held: Curvature, found: Estimate, keep: float, gain: float, precision: Precision, scale: Tensor) -> None:
@@ -354,6 +384,16 @@ class Reparameterized(_ByDraws):
         new = found.diagonal * (gain / ρ)
         h = keep * h + ρ * new + 0.5 * ρ**2 * (h - new).square() / total
         held.load(dict(zip(tensors, h.split([len(t) for t in tensors.values()]), strict=True)))
+
+
+@torch.no_grad()
+def write(vector: ParameterVector, own: dict[str, nn.Parameter], θ: Tensor) -> None:
+    """θ [p] into the parameters."""
+    for (name, p), part in zip(own.items(), θ.split(vector.sizes), strict=True):
+        if name in vector.masks:
+            p.view(-1)[vector.masks[name]] = part.to(p)
+        else:
+            p.copy_(part.view(p.shape))
 
 
 def flat(vector: ParameterVector, own: dict[str, nn.Parameter], parts: Iterable[Tensor | None]) -> Tensor:

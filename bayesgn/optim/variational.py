@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from bayesgn import _data
 from bayesgn.ggn import Curvature, Precision
+from bayesgn.ggn.conjugate_gradients import conjugate_gradients
 from bayesgn.ggn.structure import accumulator
 from bayesgn.likelihoods import Likelihood
 from bayesgn.optim.checks import check_kind
-from bayesgn.optim.expectations import AtMean, Belief, Draws, Estimate, Expectation, Pairs, View
+from bayesgn.optim.expectations import AtMean, Belief, Draws, Estimate, Expectation, Pairs, View, write
 from bayesgn.rules.curvatures import Curvature as Bending
 from bayesgn.rules.curvatures import GaussNewton
 
@@ -51,11 +52,11 @@ class Variational(torch.optim.Optimizer):
         curvature: Λ; ``rules.GaussNewton()`` unless given.
         expectation: how E_q is taken; ``Draws(1)`` unless given.
         lr: of the mean; a torch scheduler may move it.
-        precision_lr: ρ; ``lr`` as it stands unless given.
+        precision_lr: ρ of every step; ``lr`` as it stands unless given.
         momentum: of the gradient, in [0, 1).
         damping: added to the precision where it divides the gradient, never to q.
         temperature: T; below 1 a colder, narrower posterior.
-        every: steps from one renewal of H to the next.
+        every: steps from one renewal of H to the next; those between cost one backward pass a draw.
         generator: of all draws.
 
     Attributes:
@@ -122,6 +123,7 @@ class Variational(torch.optim.Optimizer):
         self.likelihood = copy.deepcopy(likelihood).to(first.device, dtype)
         self.curvature: Curvature | None = None  # H, at unit noise
         self._precision: Precision | None = None
+        self._variance: tuple[Precision, Tensor] | None = None
         self._velocity: Tensor | None = None
         self.steps = 0
         super().__init__(list(self._own.values()), {"lr": float(lr)})
@@ -162,7 +164,7 @@ class Variational(torch.optim.Optimizer):
     def _belief(self) -> Belief:
         precision = None if self.curvature is None else self.precision()
         return Belief(
-            self.net, self.vector, self.linearizer, self.likelihood, self.bending, self.model.structure, self.mean, precision
+            self.net, self.vector, self._own, self.linearizer, self.likelihood, self.bending, self.model.structure, self.mean, precision
         )  # fmt: skip
 
     def start(self, curvature: Curvature) -> None:
@@ -188,7 +190,8 @@ class Variational(torch.optim.Optimizer):
         pairs, B = self._pairs(x, y)
         if self.curvature is None:
             self._begin(pairs, self.num_data / B)
-        found = self.expectation.estimate(self._belief(), pairs, self.generator)
+        renew = self.steps % self.every == 0
+        found = (self.expectation.estimate if renew else self.expectation.slope)(self._belief(), pairs, self.generator)
         if not bool(torch.isfinite(found.loss)) or not bool(found.gradient.isfinite().all()):
             raise FloatingPointError(f"the expected loss is {float(found.loss):.4g} or its gradient is not finite; lower lr, or raise damping.")
         self._take(found, self.num_data / B)
@@ -221,8 +224,9 @@ class Variational(torch.optim.Optimizer):
     def _take(self, found: Estimate, whole: float) -> None:
         lr = float(self.param_groups[0]["lr"])
         H, ρ = self.curvature, lr if self.precision_lr is None else self.precision_lr
+        ρ = 1 - (1 - ρ) ** self.every  # as far as so many steps would have moved it
         assert H is not None
-        if self.steps % self.every == 0:
+        if found.curvature is not None or found.diagonal is not None:
             scale = self.bending.scale(self.likelihood).detach().to(self._zero)
             self.expectation.move(H, found, 1 - ρ, float(ρ * whole / scale), self.precision(), self.scale())
             self._precision = None
@@ -232,23 +236,28 @@ class Variational(torch.optim.Optimizer):
             self._velocity = self.momentum * kept + (1 - self.momentum) * slope
             slope = self._velocity / (1 - self.momentum ** (self.steps + 1))
         precision = H.solver(self._prior(self.damping), self.scale()) if self.damping else self.precision()
-        θ = self.mean - lr * precision.solve(slope)
+        if found.times is not None and whole == 1:
+            P, T, times = self.prior_vector() + self.damping, self.temperature, found.times
+            δ = conjugate_gradients(lambda v: times(v) / T + P * v, slope, precision.solve)
+        else:
+            δ = precision.solve(slope)
+        θ = self.mean - lr * δ
         if not bool(θ.isfinite().all()):
             raise FloatingPointError("the step is not finite; lower lr, or raise damping.")
         self._write(θ)
         self.steps += 1
 
-    @torch.no_grad()
     def _write(self, θ: Tensor) -> None:
-        for name, value in self.vector.unflatten(θ, self.net).items():
-            self._own[name].copy_(value)
+        write(self.vector, self._own, θ)
 
     # -- the bound -----------------------------------------------------------------------------------------------------
 
     def kl(self) -> Tensor:
         """KL(q ‖ prior) in nats."""
         precision, P, δ = self.precision(), self.prior_vector(), self.deviation()
-        return 0.5 * ((P * precision.diagonal()).sum() + (P * δ.square()).sum() - len(P) - P.log().sum() + precision.logdet())
+        if self._variance is None or self._variance[0] is not precision:  # (the costly part, and the same until H is renewed)
+            self._variance = precision, precision.diagonal()
+        return 0.5 * ((P * self._variance[1]).sum() + (P * δ.square()).sum() - len(P) - P.log().sum() + precision.logdet())
 
     def views(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> list[View]:
         """E_q log p(y|f) of all batches of some data, part by part."""
