@@ -47,6 +47,9 @@ class EigenKron(Kronecker):
     def joined(self, blocks: list[Block], parts: list[BlockCurvature]) -> BlockDiagonal:
         return EigenKronCurvature(blocks, parts)
 
+    def check_blend(self) -> None:
+        raise ValueError(_NOT_ADDITIVE)
+
 
 class EigenKronCurvature(BlockDiagonal):
     """Blocks in their Kronecker eigenbasis."""

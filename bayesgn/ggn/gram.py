@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bayesgn.ggn")
 
 
+_NO_AVERAGE = (
+    "Gram keeps the data's own rows of J, of which there is no running average; use ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, "
+    "ggn.LowRank or ggn.LowRankPlusDiagonal."
+)
+
+
 class Gram(Structure):
     """All of H, exactly, in data × data form: for nets with more weights than (data × outputs).
 
@@ -77,6 +83,9 @@ class Gram(Structure):
             raise ValueError("sharded=True keeps all data in pieces, subset= and inducing= keep few data whole; choose one.")
         self.subset, self.inducing, self.seed, self.sharded = subset, inducing, seed, sharded
 
+    def check_blend(self) -> None:
+        raise ValueError(_NO_AVERAGE)
+
     def start(self, blocks: list[Block], like: Tensor) -> Curvature:
         if self.inducing is not None:
             return InducingCurvature(blocks, like, Kept(self.inducing, self.seed))
@@ -123,10 +132,7 @@ class GramCurvature(DualCurvature):
         self.forget()
 
     def blend(self, other: Curvature, keep: float, gain: float) -> None:
-        raise ValueError(
-            "Gram keeps the data's own rows of J, of which there is no running average; use ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, "
-            "ggn.LowRank or ggn.LowRankPlusDiagonal."
-        )
+        raise ValueError(_NO_AVERAGE)
 
     def all_reduce(self, group: ProcessGroup) -> None:
         self._check_whole()

@@ -24,6 +24,12 @@ logger = logging.getLogger("bayesgn.ggn")
 COLUMNS = 8  # of factors, where products are by double backward
 
 
+_NO_AVERAGE = (
+    "MatrixFree keeps the data's own rows of J, of which there is no running average; use ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, "
+    "ggn.LowRank or ggn.LowRankPlusDiagonal."
+)
+
+
 class MatrixFree(Structure):
     """All of H without storing it: conjugate gradients for solves, stochastic Lanczos quadrature for the log-determinant.
 
@@ -81,6 +87,9 @@ class MatrixFree(Structure):
         self.tol, self.iterations, self.probes, self.steps = tol, iterations, probes, steps
         self.memory, self.seed, self.graph = memory, seed, graph
 
+    def check_blend(self) -> None:
+        raise ValueError(_NO_AVERAGE)
+
     def start(self, blocks: list[Block], like: Tensor) -> Curvature:
         return MatrixFreeCurvature(blocks, like, self)
 
@@ -107,10 +116,7 @@ class MatrixFreeCurvature(Curvature):
             self.all_reduce(group)
 
     def blend(self, other: Curvature, keep: float, gain: float) -> None:
-        raise ValueError(
-            "MatrixFree keeps the data's own rows of J, of which there is no running average; use ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, "
-            "ggn.LowRank or ggn.LowRankPlusDiagonal."
-        )
+        raise ValueError(_NO_AVERAGE)
 
     def all_reduce(self, group: ProcessGroup) -> None:
         """From here on H V is the sum of all processes' products. Collective, as is every answer."""

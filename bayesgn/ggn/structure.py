@@ -31,6 +31,9 @@ class Structure(ABC):
     def check_prior(self, blocks: list[Block], prior: list[Tensor]) -> None:  # noqa: B027 (most structures take any prior)
         """Raise ValueError where this structure cannot be joined with such a prior (a scalar or [p_block] for each block)."""
 
+    def check_blend(self) -> None:  # noqa: B027 (most structures keep sums with weights)
+        """Raise ValueError where no weighted sum of two H can be kept, see :meth:`Curvature.blend`."""
+
     def __repr__(self) -> str:
         options = ", ".join(f"{k}={v}" for k, v in sorted(vars(self).items()))
         return f"{type(self).__name__}({options})"

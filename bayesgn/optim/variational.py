@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -102,14 +104,16 @@ class Variational(torch.optim.Optimizer):
         if curvature is not None:
             check_kind("curvature", curvature, Bending, "curvature of bayesgn.rules, e.g. rules.GaussNewton()")
         self.expectation.check(model.structure, curvature)
+        model.structure.check_blend()
         self.bending = GaussNewton() if curvature is None else curvature
         if isinstance(num_data, bool) or not isinstance(num_data, int) or num_data < 1:
             raise ValueError(f"num_data={num_data!r}; expected how many data there are in all, e.g. len(train_loader.dataset).")
-        _check("lr", lr, 0 < lr <= 1, "in (0, 1]: 1 is a whole natural-gradient step")
-        _check("precision_lr", precision_lr, precision_lr is None or 0 < precision_lr <= 1, "in (0, 1]")
-        _check("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-        _check("damping", damping, 0 <= damping < math.inf, "a precision, 0 or more")
-        _check("temperature", temperature, 0 < temperature < math.inf, "positive")
+        _check("lr", lr, lambda v: 0 < v <= 1, "in (0, 1]: 1 is a whole natural-gradient step")
+        if precision_lr is not None:
+            _check("precision_lr", precision_lr, lambda v: 0 < v <= 1, "in (0, 1]")
+        _check("momentum", momentum, lambda v: 0 <= v < 1, "in [0, 1)")
+        _check("damping", damping, lambda v: 0 <= v < math.inf, "that is a precision, 0 or more")
+        _check("temperature", temperature, lambda v: 0 < v < math.inf, "above 0")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}; expected steps from one renewal of the curvature to the next, at least 1.")
         self.model, self.num_data, self.precision_lr, self.generator = model, num_data, precision_lr, generator
@@ -169,9 +173,24 @@ class Variational(torch.optim.Optimizer):
 
     def start(self, curvature: Curvature) -> None:
         """Begin from an H at unit noise (of a Laplace posterior of the same structure, say) instead of that of the first batch."""
+        self.curvature, self._precision = self._loaded(curvature.tensors()), None
+
+    def _loaded(self, tensors: dict[str, Tensor]) -> Curvature:
+        """An H of this structure from the tensors of another, which must be kept alike."""
         H = self._belief().empty()
-        H.load({name: t.clone() for name, t in curvature.tensors().items()})
-        self.curvature, self._precision = H, None
+        own = H.tensors()
+        # (a dimension of 0 grows with the data: eigenvectors)
+        alike = own.keys() == tensors.keys() and all(
+            t.dim() == tensors[name].dim() and all(a in (0, b) for a, b in zip(t.shape, tensors[name].shape, strict=True)) for name, t in own.items()
+        )
+        if not alike:
+            theirs = ", ".join(f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:3])
+            raise ValueError(
+                f"that curvature ({theirs} …) is not of structure={self.model.structure!r} over these {self.vector.numel} weights; start from a "
+                "posterior of the same structure and selection of weights."
+            )
+        H.load({name: t.clone() for name, t in tensors.items()})
+        return H
 
     def begin(self, data: Any) -> None:
         """Begin from H at the mean over all of some data, instead of that of the first batch."""
@@ -192,6 +211,8 @@ class Variational(torch.optim.Optimizer):
             self._begin(pairs, self.num_data / B)
         renew = self.steps % self.every == 0
         found = (self.expectation.estimate if renew else self.expectation.slope)(self._belief(), pairs, self.generator)
+        if not renew:  # (an expectation may find the curvature on its way to the slope)
+            found = found._replace(curvature=None, diagonal=None)
         if not bool(torch.isfinite(found.loss)) or not bool(found.gradient.isfinite().all()):
             raise FloatingPointError(f"the expected loss is {float(found.loss):.4g} or its gradient is not finite; lower lr, or raise damping.")
         self._take(found, self.num_data / B)
@@ -261,6 +282,7 @@ class Variational(torch.optim.Optimizer):
 
     def views(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> list[View]:
         """E_q log p(y|f) of all batches of some data, part by part."""
+        self.precision()  # there is one, or it says why not
         pairs, _ = self._pairs(*data) if _pair(data) else self._pairs(data, None)
         return list(self.expectation.views(self._belief(), pairs, draws, self.generator if generator is None else generator))
 
@@ -332,11 +354,9 @@ class Variational(torch.optim.Optimizer):
         own = state_dict.get("variational")
         if own is None:
             raise ValueError("this state_dict is not of optim.Variational: it has no 'variational'.")
+        H = None if own["curvature"] is None else self._loaded(own["curvature"])
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "variational"})
-        self.curvature = None
-        if own["curvature"] is not None:
-            self.curvature = self._belief().empty()
-            self.curvature.load(own["curvature"])
+        self.curvature = H
         self._velocity, self.steps, self._precision = own["velocity"], own["steps"], None
         self.prior.load_state_dict(own["prior"])
         self.likelihood.load_state_dict(own["likelihood"])
@@ -372,6 +392,6 @@ def _pair(data: Any) -> bool:
     return isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
 
 
-def _check(name: str, value: Any, good: Any, expected: str) -> None:
-    if isinstance(value, (bool, str)) or not good:
+def _check(name: str, value: Any, good: Callable[[Any], bool], expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not good(value):
         raise ValueError(f"{name}={value!r}; expected a number {expected}.")

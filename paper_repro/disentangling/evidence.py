@@ -187,6 +187,7 @@ class Architectures:
     glm: dict[str, np.ndarray]
     map: np.ndarray
     weights: list[int]
+    symmetries: np.ndarray  # log of the number of equal modes Π M! 2^M, per datum [architectures]
 
 
 def architectures(name: str, seeds: Sequence[int], hiddens: Sequence[Sequence[int]], steps: int, rounds: int, rows: int | None) -> Architectures:
@@ -216,8 +217,10 @@ def architectures(name: str, seeds: Sequence[int], hiddens: Sequence[Sequence[in
                 pairs.append((float(posterior.log_evidence()) / posterior.num_data, nll_glm(posterior, s.test)))
             evidence[key].append([e for e, _ in pairs])
             glm[key].append([v for _, v in pairs])
-    turned = lambda table: np.array(table).T
-    return Architectures({k: turned(v) for k, v in evidence.items()}, {k: turned(v) for k, v in glm.items()}, turned(own), weights)
+    # Hidden units may change places, and tanh units their signs: as many modes have the same evidence.
+    symmetries = np.array([sum(math.lgamma(w + 1) + w * math.log(2) for w in hidden) for hidden in hiddens]) / len(splits[0].train[0])
+    tables = [{k: np.array(v).T for k, v in d.items()} for d in (evidence, glm)]
+    return Architectures(tables[0], tables[1], np.array(own).T, weights, symmetries)
 
 
 # -- training tuned by the evidence --------------------------------------------------------------------------------------
@@ -226,8 +229,8 @@ def architectures(name: str, seeds: Sequence[int], hiddens: Sequence[Sequence[in
 METHODS = ("fixed decay", "validation", "evidence: MAP", "evidence: GLM")
 
 
-def trainings(name: str, seeds: Sequence[int], rows: int, width: int, steps: int, epochs: int) -> dict[str, np.ndarray]:
-    """Test NLL, RMSE (in standard deviations of y) and CPU seconds [splits, 3] of each method."""
+def trainings(name: str, seeds: Sequence[int], rows: int, width: int, steps: int) -> dict[str, np.ndarray]:
+    """Test NLL, RMSE (in standard deviations of y) and CPU seconds [splits, 3] of each method; all by as many steps of full-batch Adam."""
     splits = [Split.of(name, seed, rows, test=0.1) for seed in seeds]
     out: dict[str, list] = {m: [] for m in METHODS}
 
@@ -264,11 +267,179 @@ def trainings(name: str, seeds: Sequence[int], rows: int, width: int, steps: int
         net = stack.net(seed)
         model = models.Network(net, models.WeightPrior.per_layer(net, 1.0), ggn.Kron)
         posterior, _ = bgn.train_with_evidence(
-            model, likelihoods.Gaussian(0.1), splits[b].train, epochs, lr=0.01, every=10, burn_in=epochs // 5, batch_size=128,
-            scheduler=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs),
-            generator=torch.Generator().manual_seed(seed), progress=False,
+            model, likelihoods.Gaussian(0.1), splits[b].train, epochs=steps, lr=0.02, every=steps // 20, burn_in=steps // 4,
+            scheduler=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps), batch_size=rows, progress=False,
         )  # fmt: skip
         seconds, own = time.process_time() - began, score(b, net, float(posterior.likelihood.noise))
         out["evidence: MAP"].append([*own, seconds])
         out["evidence: GLM"].append([nll_glm(posterior, splits[b].test), own[1], seconds])
     return {m: np.array(v) for m, v in out.items()}
+
+
+# -- tables and figures ------------------------------------------------------------------------------------------------
+
+
+def _panels(count: int, width: float = 2.4, height: float = 2.1) -> tuple[Any, list[Any]]:
+    columns = min(count, 4)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=7)
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat[:count])
+
+
+def draw_precision(found: dict[str, Curves], path: Path) -> None:
+    """Minus log evidence per datum beside the test NLL, both in nats; a dot where each is least."""
+    figure, axes = _panels(len(found))
+    for ax, (name, c) in zip(axes, found.items()):
+        lines = {k: -v.mean(0) for k, v in c.evidence.items()} | {"test": c.map.mean(0)}
+        for key, values in lines.items():
+            (line,) = ax.semilogx(c.precision, values, color=COLORS.get(key, "C3"), lw=2 if key == "test" else 1.2)
+            ax.plot(c.precision[values.argmin()], values.min(), "o", ms=4, color=line.get_color())
+        top, bottom = lines["Full"].max(), min(v.min() for v in lines.values())
+        ax.set_ylim(bottom - 0.08 * (top - bottom), top + 0.25 * (top - bottom))
+        ax.set_title(name.replace("_", " "), fontsize=8)
+    labels = ["-log evidence / N, Full", "Kron", "Diag", "test NLL of MAP"]
+    figure.legend(axes[0].get_lines()[::2], labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    figure.supxlabel("prior precision", fontsize=8)
+    figure.supylabel("nats per datum", fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_architecture(found: dict[str, Architectures], path: Path) -> None:
+    """A point for each shape: its evidence and its test NLL."""
+    figure, axes = _panels(len(found), 2.6)
+    for ax, (name, a) in zip(axes, found.items()):
+        for key, values in a.evidence.items():
+            ax.scatter(values.mean(0), a.map.mean(0), s=10 + 6 * np.log(a.weights), color=COLORS[key], alpha=0.7, lw=0)
+        ax.set_title(name.replace("_", " "), fontsize=8)
+        ax.set_xlim(left=min(a.evidence["Kron"].mean(0).min(), a.evidence["Full"].mean(0).min()) - 0.3)
+    handles = [ax.scatter([], [], color=COLORS[k], label=k) for k in STRUCTURES]
+    figure.legend(handles, list(STRUCTURES), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.supxlabel("log evidence / N", fontsize=8)
+    figure.supylabel("test NLL of MAP", fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_training(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """Test NLL of every method, less that of the validation-tuned net; every split and the mean."""
+    figure, ax = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
+    shown = [m for m in METHODS if m != "validation"]
+    for j, (method, color) in enumerate(zip(shown, ("0.6", "C1", "C0"))):
+        for i, rows in enumerate(found.values()):
+            gap = rows[method][:, 0] - rows["validation"][:, 0]
+            ax.plot([i + 0.2 * (j - 1)] * len(gap), gap, ".", color=color, ms=4, alpha=0.6)
+            ax.plot(i + 0.2 * (j - 1), gap.mean(), "_", color=color, ms=12, mew=2.5, label=method if i == 0 else None)
+    ax.axhline(0, color="C2", lw=1)
+    ax.text(-0.45, 0, "validation", color="C2", fontsize=7, va="bottom")
+    ax.set_xticks(range(len(found)), [n.replace("_", " ") for n in found], fontsize=8)
+    ax.set_ylabel("test NLL less validation's / nats", fontsize=8)
+    ax.legend(frameon=False, fontsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float]]) -> None:
+    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, values in rows.items():
+        print(f"| {name.replace('_', ' ')} | {' | '.join(f'{v:.2f}' for v in values)} |")
+    if len(rows) > 1:
+        print(f"| mean | {' | '.join(f'{v:.2f}' for v in np.mean(list(rows.values()), 0))} |", flush=True)
+
+
+def ranks(evidence: np.ndarray, nll: np.ndarray) -> float:
+    """Mean over splits of the rank correlation between evidence and test log likelihood."""
+    return float(np.mean([spearman(e, -v) for e, v in zip(evidence, nll, strict=True)]))
+
+
+def regret(choice: np.ndarray, nll: np.ndarray) -> float:
+    """Test NLL at the choice (the largest entry of each row), less the best of the row: mean over splits."""
+    return float(np.mean(nll[np.arange(len(nll)), choice.argmax(1)] - nll.min(1)))
+
+
+def report_precision(found: dict[str, Curves]) -> dict[str, float]:
+    numbers = {}
+    rank = {n: [ranks(c.evidence[k], v) for v in (c.map, None) for k in STRUCTURES for v in [c.glm[k] if v is None else v]] for n, c in found.items()}
+    _table("Prior precision: rank correlation of evidence and test log likelihood over the grid",
+           [*(f"{k}, MAP" for k in STRUCTURES), *(f"{k}, its GLM" for k in STRUCTURES)], rank)  # fmt: skip
+    lost = {n: [*(regret(c.evidence[k], c.map) for k in STRUCTURES), regret(-c.validation, c.map)] for n, c in found.items()}
+    _table("Prior precision: test NLL of MAP lost by the choice, nats per datum", [*STRUCTURES, "validation"], lost)
+    glm = {n: [*(float(np.mean(c.glm[k][range(len(c.map)), c.evidence[k].argmax(1)])) for k in STRUCTURES),
+               float(np.mean(c.map[range(len(c.map)), c.evidence["Full"].argmax(1)])),
+               float(np.mean(c.map[range(len(c.map)), c.validation.argmin(1)]))] for n, c in found.items()}  # fmt: skip
+    _table("Prior precision: test NLL at the choice", [*(f"{k}: GLM" for k in STRUCTURES), "Full: MAP", "validation: MAP"], glm)
+    chosen = {n: [*(float(np.exp(np.log(c.precision[c.evidence[k].argmax(1)]).mean())) for k in STRUCTURES),
+                  float(np.exp(np.log(c.precision[c.validation.argmin(1)]).mean())),
+                  float(np.exp(np.log(c.precision[c.map.argmin(1)]).mean()))] for n, c in found.items()}  # fmt: skip
+    _table("Prior precision that is chosen (geometric mean), and the best by test data", [*STRUCTURES, "validation", "test"], chosen)
+    for i, key in enumerate((*STRUCTURES, "validation")):
+        numbers[f"evidence_precision_regret_{key.lower()}"] = float(np.mean([v[i] for v in lost.values()]))
+        numbers[f"evidence_precision_worst_regret_{key.lower()}"] = float(np.max([v[i] for v in lost.values()]))
+    for i, key in enumerate(STRUCTURES):
+        numbers[f"evidence_precision_rank_{key.lower()}"] = float(np.mean([v[i] for v in rank.values()]))
+    numbers["evidence_precision_full_beats_validation"] = float(sum(v[0] < v[3] + 1e-9 for v in lost.values()))
+    return numbers
+
+
+def report_architecture(found: dict[str, Architectures]) -> dict[str, float]:
+    rank = {n: [*(ranks(a.evidence[k], a.map) for k in STRUCTURES), *(ranks(a.evidence[k], a.glm[k]) for k in STRUCTURES),
+                ranks(a.evidence["Full"] + a.symmetries, a.map)] for n, a in found.items()}  # fmt: skip
+    columns = [*(f"{k}, MAP" for k in STRUCTURES), *(f"{k}, its GLM" for k in STRUCTURES), "Full × M! 2^M, MAP"]
+    _table("Architecture: rank correlation of evidence and test log likelihood over shapes", columns, rank)
+    lost = {n: [*(regret(a.evidence[k], a.map) for k in STRUCTURES), regret(a.evidence["Full"] + a.symmetries, a.map),
+                float((a.map.mean(1) - a.map.min(1)).mean())] for n, a in found.items()}  # fmt: skip
+    _table("Architecture: test NLL of MAP lost by the choice", [*STRUCTURES, "Full × M! 2^M", "any shape"], lost)
+    numbers = {f"evidence_architecture_rank_{k.lower()}": float(np.mean([v[i] for v in rank.values()])) for i, k in enumerate(STRUCTURES)}
+    glm = {f"evidence_architecture_rank_{k.lower()}_glm": float(np.mean([v[3 + i] for v in rank.values()])) for i, k in enumerate(STRUCTURES)}
+    regrets = {f"evidence_architecture_regret_{k.lower()}": float(np.mean([v[i] for v in lost.values()])) for i, k in enumerate(STRUCTURES)}
+    regrets["evidence_architecture_regret_any"] = float(np.mean([v[4] for v in lost.values()]))
+    # A probability of labels is at most 1: above that, the modes have been counted more than once.
+    regrets["evidence_architecture_symmetric_max"] = max(
+        [float((a.evidence["Full"] + a.symmetries).max()) for n, a in found.items() if n not in REGRESSION], default=math.nan
+    )
+    return numbers | glm | regrets
+
+
+def report_training(found: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
+    for i, title in enumerate(("NLL", "RMSE / standard deviations of y", "CPU seconds a split")):
+        _table(f"Training: test {title}" if i < 2 else f"Training: {title}", METHODS, {n: [float(r[m][:, i].mean()) for m in METHODS] for n, r in found.items()})
+    mean = {m: np.array([r[m].mean(0) for r in found.values()]) for m in METHODS}
+    return {
+        "evidence_training_glm_beats_fixed": float((mean["evidence: GLM"][:, 0] < mean["fixed decay"][:, 0]).sum()),
+        "evidence_training_glm_beats_validation": float((mean["evidence: GLM"][:, 0] < mean["validation"][:, 0]).sum()),
+        "evidence_training_glm_beats_own_map": float((mean["evidence: GLM"][:, 0] < mean["evidence: MAP"][:, 0]).sum()),
+        **{f"evidence_training_{k}_nll": float(mean[m][:, 0].mean()) for k, m in
+           (("fixed", METHODS[0]), ("validation", METHODS[1]), ("map", METHODS[2]), ("glm", METHODS[3]))},
+        "evidence_training_rmse_ratio_to_validation": float(np.exp(np.log(mean["evidence: MAP"][:, 1] / mean["validation"][:, 1]).mean())),
+    }  # fmt: skip
+
+
+def run(quick: bool, figures: Path) -> dict[str, float]:
+    """All three; with ``quick`` two small sets and one split each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        names = ("glass", "yacht") if quick else ("glass", "ionosphere", "vehicle", "australian", "yacht", "energy", "concrete", "wine_quality_red")
+        seeds, grid = range(1 if quick else 3), np.logspace(-3, 3, 5 if quick else 9)
+        curves = {n: precision_curves(n, seeds, grid, 20, 400 if quick else 1000, 600) for n in names}
+        numbers = report_precision(curves)
+        draw_precision(curves, figures / "evidence_precision.png")
+
+        names = ("glass",) if quick else ("glass", "ionosphere", "yacht", "energy", "concrete")
+        hiddens: list[tuple[int, ...]] = [(), (3,), (10,), (30,), (3, 3), (10, 10), (30, 30), (10, 10, 10)]
+        shapes = {n: architectures(n, seeds, hiddens[:4] if quick else hiddens, 150 if quick else 300, 3 if quick else 5, 400) for n in names}
+        numbers |= report_architecture(shapes)
+        draw_architecture(shapes, figures / "evidence_architecture.png")
+
+        trained = {n: trainings(n, seeds, 1000, 50, 300 if quick else 1500) for n in (("yacht",) if quick else REGRESSION)}
+        numbers |= report_training(trained)
+        draw_training(trained, figures / "evidence_training.png")
+    finally:
+        torch.set_num_threads(threads)
+    return numbers

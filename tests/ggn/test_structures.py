@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bayesgn.ggn import Diag, EigenKron, Full, Gram, Kron, Layerwise, LowRank, MatrixFree, Structure
+from bayesgn.ggn import Diag, EigenKron, Full, Gram, Kron, Layerwise, LowRank, LowRankPlusDiagonal, MatrixFree, Structure
 from tests.ggn import problem as problems
 from tests.ggn.problem import Problem, draw, make, mlp, squared
 from tests.oracles import dense
@@ -72,6 +72,7 @@ MEMBERS = [
     Member(Full(), lambda q: q.H),
     Member(Gram(), lambda q: q.H),
     Member(LowRank(rank=200), lambda q: q.H),
+    Member(LowRankPlusDiagonal(rank=200), lambda q: q.H),
     Member(MatrixFree(tol=1e-13, probes=10_000, steps=200), lambda q: q.H, saved=False),
     Member(Layerwise(), block_diagonal),
     Member(Diag(), lambda q: torch.diag(q.H.diagonal())),

