@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 _VERBS = {
     "laplace": "bayesgn.inference.laplace",
     "bayes_newton": "bayesgn.inference.bayes_newton",
+    "refine": "bayesgn.inference.refine",
     "variational": "bayesgn.inference.variational",
     "maximize_evidence": "bayesgn.inference.evidence",
     "train_with_evidence": "bayesgn.inference.training",
@@ -38,10 +39,10 @@ _VERBS = {
     "random_subset": "bayesgn.models.subsets",
     "shard": "bayesgn._distributed",
 }
-_ROOMS = ("datasets", "ggn", "inference", "likelihoods", "metrics", "models", "optim", "plots", "rules")
+_ROOMS = ("datasets", "ggn", "inference", "integrations", "likelihoods", "metrics", "models", "optim", "plots", "rules")
 
 if TYPE_CHECKING:
-    from bayesgn import datasets, ggn, inference, likelihoods, metrics, models, optim, plots, rules
+    from bayesgn import datasets, ggn, inference, integrations, likelihoods, metrics, models, optim, plots, rules
     from bayesgn._distributed import shard
     from bayesgn.inference.bayes_newton import bayes_newton
     from bayesgn.inference.compare import compare
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from bayesgn.inference.laplace import laplace
     from bayesgn.inference.mixture import mixture
     from bayesgn.inference.persistence import load
+    from bayesgn.inference.refine import refine
     from bayesgn.inference.training import train_with_evidence
     from bayesgn.inference.tuning import tune
     from bayesgn.inference.variational import variational
@@ -60,6 +62,7 @@ __all__ = [
     "datasets",
     "ggn",
     "inference",
+    "integrations",
     "laplace",
     "largest_variance",
     "last_layer",
@@ -74,6 +77,7 @@ __all__ = [
     "optim",
     "plots",
     "random_subset",
+    "refine",
     "rules",
     "shard",
     "train_with_evidence",

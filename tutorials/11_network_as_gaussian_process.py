@@ -69,8 +69,8 @@ print(network)
 #
 # On one side `bgn.laplace`: a Gaussian over 37 weights. On the other a plain `gpytorch.models.ExactGP`, which knows nothing of weights.
 #
-# (`linear_operator` solves with more than 800 rows by conjugate gradients unless told otherwise; the docstring of `JacobianKernel` says how. Here
-# are 133.)
+# (Beyond 800 rows `linear_operator` turns to conjugate gradients, which is far from exact for this kernel, unless one says
+# `with gpytorch.settings.max_cholesky_size(10**9):`. Here are 133.)
 
 
 # %%
@@ -131,9 +131,9 @@ with torch.no_grad():
     axes[0].set(title="the kernel over a grid of times", xlabel="point of the grid", ylabel="point of the grid")
     axes[1].plot(grid[:, 0], before.T, linewidth=0.7, color=plots.BLUE)
     axes[1].set(title="draws before the data", xlabel="time (scaled)", ylabel="acceleration (scaled)")
-    plots.predictive_band(grid, posterior(grid), gaussian(posterior(grid)), (x, y), xlabel="time (scaled)", ylabel="acceleration (scaled)", ax=axes[2])
+    plots.predictive_band(grid, posterior(grid), gaussian(posterior(grid)), (x, y), ax=axes[2])
     axes[2].plot(grid[:, 0], after.T, linewidth=0.5, color="black")
-    axes[2].set(title="draws after the data")
+    axes[2].set(title="draws after the data", xlabel="time (scaled)", ylabel="acceleration (scaled)")
 figure.savefig(figures / "11_draws.png", dpi=100)
 
 # %% [markdown]
@@ -212,7 +212,7 @@ with torch.no_grad():
     accuracy = metrics.accuracy(categorical(f), digits.y_test).item()
     wrong = f.mean.argmax(-1) != digits.y_test
     doubt = {"right": f.stddev[~wrong].mean().item(), "wrong": f.stddev[wrong].mean().item()}
-print(f"accuracy {accuracy:.3f}; mean standard deviation of f where the answer is", {k: round(v, 2) for k, v in doubt.items()}, f"({int(wrong.sum())} wrong)")
+print(f"accuracy {accuracy:.3f} ({int(wrong.sum())} wrong); mean standard deviation of f where it is", {k: round(v, 2) for k, v in doubt.items()})
 figure = plt.figure(figsize=(13, 7.5), layout="constrained")
 top, bottom = figure.subfigures(2, 1, height_ratios=(1.4, 1))
 for ax, (name, K) in zip(top.subplots(1, 2), kernels.items()):

@@ -194,6 +194,9 @@ class InducingCurvature(DualCurvature):
         self.T = before + _distributed.all_sum([self.T], group)[0]
         self.forget()
 
+    def blend(self, other: Curvature, keep: float, gain: float) -> None:
+        raise ValueError(_NO_AVERAGE)
+
     def all_reduce(self, group: ProcessGroup) -> None:
         raise ValueError("Gram(inducing=…) needs one set of inducing data for all processes: fit it with group=, on all data at once.")
 

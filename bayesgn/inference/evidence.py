@@ -17,6 +17,7 @@ from bayesgn.inference.gp_evidence import maximize_over_sites
 from bayesgn.inference.hyperparameters import in_double
 from bayesgn.models.linearized import LinearizedPosterior
 from bayesgn.models.network_posterior import NetworkPosterior
+from bayesgn.models.variational_posterior import VariationalPosterior
 from bayesgn.models.weight_posterior import WeightPosterior
 
 BOUNDS, NOISE_BOUNDS = (1e-6, 1e8), (1e-10, 1e10)  # of precisions and of the noise of a network
@@ -109,7 +110,7 @@ def maximize_evidence(
         tol: stop when no log hyper-parameter moves by more.
         bounds: of every prior precision; a warning says when one is hit.
         noise_bounds: of the noise.
-        data: the training data again, to tune also what H does not scale with (noise of each output, degrees of freedom …): H is
+        data: the training data again (for posteriors of ``bgn.laplace``), to tune also what H does not scale with (noise of each output, degrees of freedom …): H is
             refitted in between. Without, such parameters stay as they are, and a warning says so.
         progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
         optimizer: of a Gaussian process: another optimizer, as a function of the free parameters (as they are stored, gpytorch's raw ones) that
@@ -168,6 +169,11 @@ def maximize_evidence(
 
         return maximize_settled(posterior, steps, prior, noise, tol, bounds, noise_bounds, progress)
     if data is not None:
+        if isinstance(posterior, VariationalPosterior):
+            raise ValueError(
+                "data= is for posteriors of bgn.laplace. Of a variational one, bgn.variational(posterior, data=train_loader, tune=True) tunes the "
+                "likelihood and the prior beside q."
+            )
         from bayesgn.inference.refit import alternate
 
         return alternate(posterior, steps, prior, noise, tol, bounds, noise_bounds, data, progress)
@@ -278,7 +284,7 @@ class SpectralObjective:
         self.G = len(n)
         self.u = posterior.prior.log_precision.detach().double().cpu().numpy().reshape(-1)
         with torch.no_grad():
-            self.fixed = posterior.log_likelihood().item(), self._log_scale().item()
+            self.fixed = self._log_fit().item(), self._log_scale().item()
         self.terms = self._gaussian_terms()
 
     def _gaussian_terms(self) -> tuple[float, float, float, float] | None:
@@ -298,6 +304,10 @@ class SpectralObjective:
     def _log_scale(self) -> Tensor:
         return self.posterior.rule.curvature.scale(self.posterior.likelihood).double().log()
 
+    def _log_fit(self) -> Tensor:
+        """What the evidence has beside prior and volume."""
+        return getattr(self.posterior, "log_fit", self.posterior.log_likelihood)()
+
     def _likelihood(self, z: np.ndarray):
         """L, v and their derivatives in φ."""
         if not self.φ:
@@ -309,7 +319,7 @@ class SpectralObjective:
             return (a + b * φ + c, np.array([b - c]), np.array([[c]])), (d - φ, -np.ones(1), np.zeros((1, 1)))
         write(self.φ, z)
         with torch.enable_grad():
-            return self._derive(self.posterior.log_likelihood()), self._derive(self._log_scale())
+            return self._derive(self._log_fit()), self._derive(self._log_scale())
 
     def _derive(self, value: Tensor):
         first = torch.autograd.grad(value, self.φ, create_graph=True, allow_unused=True, materialize_grads=True)

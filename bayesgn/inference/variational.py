@@ -129,10 +129,16 @@ def variational(
     for name, value, least in (("epochs", epochs, 1), ("burn_in", burn_in, 0), ("draws", draws, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name}={value!r}; expected a whole number, at least {least}.")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size={batch_size!r}; expected a whole number, at least 1, or None.")
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol >= 0:
+        raise ValueError(f"tol={tol!r}; expected a part of the bound, 0 or more, e.g. 1e-8.")
+    if scheduler is not None and not callable(scheduler):
+        raise TypeError(f"scheduler={scheduler!r}; expected a function from the optimizer to a scheduler: lambda opt: StepLR(opt, 10).")
     expectation = Draws() if expectation is None else expectation
     if data is None:
         raise TypeError("variational needs its data: bgn.variational(model, likelihood, (x, y)), or data=train_loader for a posterior.")
-    own, likelihood, H = _begin(model, likelihood)
+    own, likelihood, start = _begin(model, likelihood)
     check_likelihood(likelihood)
     steady = getattr(expectation, "steady", False)
     walk = Epochs(data, batch_size or (2**62 if steady else 64), generator)
@@ -142,7 +148,7 @@ def variational(
             generator,
         )  # fmt: skip
         run = _Run(opt, walk, tune, burn_in, draws, generator)
-        run.begin(H)
+        run.begin(start)
         if run.exact and lr is None and scheduler is None:
             _search(run, epochs, tol, progress)
         else:
@@ -154,7 +160,7 @@ def variational(
 
 
 def _begin(model: Any, likelihood) -> tuple[Network, Any, Any]:
-    """A model over a copy of the net, the likelihood, and an H to start from (None: that at the mean)."""
+    """A model over a copy of the net, the likelihood, and a posterior to take H from (None: H at the mean)."""
     if isinstance(model, Network):
         if likelihood is None:
             raise TypeError("variational needs a likelihood beside a Network: bgn.variational(model, likelihoods.Categorical(), train_loader).")
@@ -163,8 +169,8 @@ def _begin(model: Any, likelihood) -> tuple[Network, Any, Any]:
     if not isinstance(model, WeightPosterior):
         raise TypeError(f"model is a {type(model).__name__}; expected models.Network(net, ...), or a posterior of one to start from.")
     model.check_fresh()
-    H = model.curvature if isinstance(model, (NetworkPosterior, VariationalPosterior)) else None
-    return Network.of(model), model.likelihood if likelihood is None else likelihood, H
+    start = model if isinstance(model, (NetworkPosterior, VariationalPosterior)) else None
+    return Network.of(model), model.likelihood if likelihood is None else likelihood, start
 
 
 class _Run:
@@ -176,10 +182,16 @@ class _Run:
         self.exact = opt.expectation.steady and len(walk.first_batch()[1]) == len(walk)  # the bound is known after every epoch
         self.best: tuple[float, int, dict[str, Any]] = (-math.inf, 0, {})
 
-    def begin(self, H: Any) -> None:
-        if H is None:
+    def begin(self, start: Any) -> None:
+        if start is None:
             self.opt.begin(list(self.walk))
         else:
+            # H is kept at unit noise by some curvatures, whole by others (the empirical Fisher).
+            unit = float(start.rule.curvature.scale(start.likelihood) / self.opt.bending.scale(start.likelihood))
+            H = start.curvature
+            if unit != 1.0:
+                H = H.copy()
+                H.blend(H.copy(), unit, 0.0)
             self.opt.start(H)
         self.best = -math.inf, 0, self.opt.snapshot()
 
@@ -205,7 +217,7 @@ class _Run:
 
     def posterior(self) -> VariationalPosterior:
         trace = self.trace
-        if trace.kept != self.best[1] and not self.opt.expectation.steady:
+        if trace.kept != self.best[1]:
             last, own = self.elbo(), self.opt.snapshot()
             self.opt.restore(self.best[2])
             best = self.elbo()
@@ -236,11 +248,11 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
     data, now, lr = list(run.walk), run.elbo(), 1.0
     if not math.isfinite(now):
         raise FloatingPointError(f"the ELBO is {now} at the start; look at the data's scale, or train the net first.")
-    start, trace.reason = now, f"all {epochs} steps were taken"
+    start, settled, trace.reason = now, opt.snapshot(), f"all {epochs} steps were taken"
     try:
         with _bar(epochs, progress) as bar:
             for _ in range(epochs):
-                before, rejected, better = opt.snapshot(), 0, False
+                rejected, better = 0, False
                 while lr >= SMALLEST:
                     opt.param_groups[0]["lr"] = lr
                     value = math.nan
@@ -252,7 +264,7 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                     better = value >= now - 1e-12 * (1 + abs(now))
                     if better:
                         break
-                    opt.restore(before)
+                    opt.restore(settled)
                     lr, rejected = 0.5 * lr, rejected + 1
                 if not better:
                     trace.reason = f"no step of {SMALLEST:g} or more raises the bound"
@@ -261,6 +273,7 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                 value = run.elbo() if run.tune else value
                 gain, now = value - now, value
                 run.note(now, lr, rejected)
+                settled = opt.snapshot()
                 bar.update()
                 bar.set_postfix_str(f"ELBO {now:.6g}", refresh=False)
                 if lr == 1.0 and gain <= tol * (1 + abs(now)):
@@ -268,6 +281,7 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                     break
                 lr = min(1.0, 2 * lr)
     except KeyboardInterrupt:
+        opt.restore(settled)  # (in the middle of a step, or of judging it)
         trace.reason = "interrupted"
     if not trace.elbo:
         trace.elbo.append(start)
@@ -278,7 +292,7 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
     opt, trace = run.opt, run.trace
     opt.param_groups[0]["lr"] = opt.param_groups[0]["initial_lr"] = lr
     schedule = scheduler(opt) if scheduler is not None else None
-    trace.reason, rescued, shrink, floor = f"all {epochs} epochs were taken", 0, 1.0, None
+    trace.reason, rescued, lost, shrink, floor = f"all {epochs} epochs were taken", 0, 0, 1.0, None
     try:
         with _bar(epochs, progress) as bar:
             for epoch in range(epochs):
@@ -292,12 +306,12 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
                     value = math.nan
                 floor = value if floor is None and math.isfinite(value) else floor
                 if not math.isfinite(value) or (floor is not None and value < floor - 0.5 * abs(floor) - 10):
-                    rescued, shrink = rescued + 1, 0.5 * shrink
+                    rescued, lost, shrink = rescued + 1, lost + 1, 0.5 * shrink
                     rate = opt.param_groups[0]["lr"]
                     opt.restore(run.best[2])
                     if schedule is not None:
                         opt.param_groups[0]["lr"] *= 0.5
-                        opt.param_groups[0]["initial_lr"] *= 0.5
+                        schedule.base_lrs = [0.5 * base for base in getattr(schedule, "base_lrs", [])]  # (of those in closed form)
                     warnings.warn(
                         f"the ELBO diverged in epoch {epoch + 1} (to {value:.4g}, lr {rate:.2g}); epoch {run.best[1]} is restored "
                         "and the step halved. Lower lr, take more draws, or raise damping.", stacklevel=callers_level(),
@@ -308,13 +322,16 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
                         break
                     continue
                 run.tuned()
-                run.note(value, float(opt.param_groups[0]["lr"]), rescued, None if run.exact else first)
+                run.note(value, float(opt.param_groups[0]["lr"]), lost, None if run.exact else first)
+                lost = 0
                 if schedule is not None:
                     schedule.step()
                 bar.update()
                 bar.set_postfix_str(f"ELBO {value:.6g}", refresh=False)
     except KeyboardInterrupt:
         trace.reason = "interrupted"
+    if not trace.elbo:
+        trace.elbo.append(run.elbo())
 
 
 def _epoch(run: _Run) -> float:
@@ -322,6 +339,8 @@ def _epoch(run: _Run) -> float:
     opt, walk, total, seen, divergence = run.opt, run.walk, 0.0, 0, float(run.opt.kl())
     for x, y in walk:
         B = _data.len_of(x)
+        if not B:
+            continue
         total, seen = total + float(opt.step(x, y)) * B, seen + B
     return run.elbo() if run.exact else -total * len(walk) / seen - divergence
 

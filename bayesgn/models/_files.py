@@ -93,8 +93,8 @@ def _variational(header: dict, tensors: dict[str, Tensor], linearizer: Linearize
     curvature = structure.start(linearizer.blocks, like)
     curvature.load(_files.section(tensors, "curvature"))
     statistics = {k: v.to(like.device) for k, v in _files.section(tensors, "statistics").items()}
-    T, spread = float(tensors["temperature"]), tensors["spread"]
-    return VariationalPosterior(linearizer, structure, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), T, spread)
+    T, narrowed = float(tensors["temperature"]), tensors["narrowed"]
+    return VariationalPosterior(linearizer, structure, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), T, narrowed)
 
 
 def _at_mean(header: dict, tensors: dict[str, Tensor], net: nn.Module) -> nn.Module:
@@ -108,7 +108,7 @@ def _at_mean(header: dict, tensors: dict[str, Tensor], net: nn.Module) -> nn.Mod
             if name not in own or list(own[name].shape) != shape:
                 continue  # another net: check_net says so
             if name in masks:
-                own[name].view(-1)[masks[name].to(own[name].device)] = part.to(own[name])
+                own[name].put_(masks[name].to(own[name].device), part.to(own[name]))
             else:
                 own[name].copy_(part.reshape(shape))
     return net

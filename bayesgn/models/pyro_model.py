@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -85,6 +86,8 @@ class PyroModel:
         with torch.no_grad():
             self.precision = torch.cat([P.to(self.device).expand(b.numel) for P, b in zip(prior.of(blocks), blocks, strict=True)])
             self.mean = prior.mean_vector(self.vector, self.trained.to(self.precision.dtype))
+            self._root_precision = self.precision.sqrt()
+            self._log_volume = float(self._root_precision.log().sum()) - 0.5 * len(self.mean) * math.log(2 * math.pi)
         self._checked: tuple[Any, Any] | None = None
 
     # -- in plain torch ------------------------------------------------------------------------------------------------
@@ -92,14 +95,19 @@ class PyroModel:
     def outputs(self, x: Any, weights: Tensor) -> Tensor:
         """f [... n *positions c] of the net at weights [... p], with a graph to them."""
         flat = weights.reshape(-1, weights.shape[-1]).to(self.dtype)
-        f = [self.likelihood.rows(call(self.net, x, self.vector.unflatten(θ, self.net))) for θ in flat]
+        f = [self.likelihood.rows(call(self.net, x, self._unflattened(θ))) for θ in flat]
         n = _data.len_of(x)
         return per_datum(f[0], n) if weights.dim() == 1 else torch.stack([per_datum(part, n) for part in f]).unflatten(0, weights.shape[:-1])
 
+    def _unflattened(self, θ: Tensor) -> dict[str, Tensor]:
+        if self.vector.masks:
+            return self.vector.unflatten(θ, self.net)
+        return {n: part.view(s) for n, part, s in zip(self.vector.names, θ.split(self.vector.sizes), self.vector.shapes)}
+
     def log_prior(self, weights: Tensor) -> Tensor:
         """log N(θ; μ, P⁻¹) [...] of weights [... p]."""
-        P, δ = self.precision.to(weights), weights - self.mean.to(weights)
-        return 0.5 * (P.log() - P * δ.square()).sum(-1) - 0.5 * len(P) * torch.log(torch.tensor(2 * torch.pi, dtype=weights.dtype))
+        half = (weights - self.mean.to(weights)) * self._root_precision.to(weights)
+        return self._log_volume - 0.5 * (half * half).sum(-1)
 
     def log_likelihood(self, x: Any, y: Tensor, weights: Tensor) -> Tensor:
         """log p(y_n|f_n) of each datum [n] at weights [p]."""
@@ -121,6 +129,7 @@ class PyroModel:
         if _data.len_of(x) == 0:
             raise ValueError(f"x is {_data.describe(x)}: 0 data; pass at least one.")
         _data.check_finite(x, "x")
+        x = self.place(x)
         with torch.no_grad(), _data.advice(x, self.trained):
             f = self.outputs(x, self.trained)
         if y is None:

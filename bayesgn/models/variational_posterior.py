@@ -55,13 +55,14 @@ class VariationalPosterior(WeightPosterior):
         statistics: dict[str, Tensor],
         num_data: int,
         temperature: float = 1.0,
-        spread: Tensor | None = None,
+        narrowed: Tensor | None = None,
     ) -> None:
         super().__init__(linearizer, structure, likelihood, prior, rule)
         self.curvature, self.statistics, self.num_data, self.temperature = curvature, statistics, num_data, float(temperature)
         self.trace: Any = None
-        # tr PΣ of the q that the statistics were taken under.
-        self.spread = self._prior_spread().detach() if spread is None else spread.to(self.point.device, self._wide)
+        if narrowed is None:  # s H/T Σ = 1 − P Σ
+            narrowed = ((len(self.point) - self._prior_spread()) / self.scale()).detach()
+        self.narrowed = narrowed.to(self.point.device, self._wide)  # tr HΣ of the q that the statistics were taken under
 
     def scale(self) -> Tensor:
         """By which H, kept at unit noise, enters the precision."""
@@ -100,26 +101,30 @@ class VariationalPosterior(WeightPosterior):
         """E_q Σ log p(y|f) over the data seen, under the q that was fitted."""
         return self.likelihood.log_prob_of(self.statistics).to(self._wide)
 
+    def log_fit(self) -> Tensor:
+        """E log p + ½ s tr HΣ₀: what the bound has beside prior and volume, and Σ does not enter."""
+        return self.log_likelihood() + 0.5 * self.temperature * self.scale() * self.narrowed
+
     def log_evidence(self) -> Tensor:
         """The bound E_q log p(y|θ) − KL(q ‖ prior) in nats, differentiable in prior precision(s) and noise.
 
-        At other hyper-parameters than the fit's, Σ follows them and E_q log p is corrected to first order, by −½ tr H ΔΣ; at T = 1 the bound then is
+        At other hyper-parameters than the fit's, Σ follows them and E_q log p is corrected to first order, by −½ s tr HΔΣ; at T = 1 the bound then
+        is
 
-            E log p + ½ tr s₀HΣ₀ + log N(m; μ, P⁻¹) + p/2 log 2π − ½ log det(s H + P)
+            E log p + ½ s tr HΣ₀ + log N(m; μ, P⁻¹) + p/2 log 2π − ½ log det(s H + P)
 
-        with the fit's tr s₀HΣ₀: the Laplace evidence with an expected likelihood in place of the one at the mean. Under draws of the weights it
-        is as exact as its draws.
+        with the fit's Σ₀: the Laplace evidence, where E log p + ½ s tr HΣ₀ stands for the likelihood at the mean. Under draws of the weights it is
+        as exact as its draws.
         """
         p, T = len(self.point), self.temperature
-        constant = self.log_likelihood() + 0.5 * T * (p - self.spread)
-        bound = constant + self.log_prior_and_volume(self.precision(), self.deviation)
+        bound = self.log_fit() + self.log_prior_and_volume(self.precision(), self.deviation)
         return bound if T == 1 else bound + 0.5 * (T - 1) * (self._prior_spread() - p)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
         """Mean, H, expected statistics and hyper-parameters, all tensors."""
-        out = {"mean": self.mean, "deviation": self.deviation, "spread": self.spread, "temperature": self.spread.new_tensor(self.temperature)}
+        out = {"mean": self.mean, "deviation": self.deviation, "narrowed": self.narrowed, "temperature": self.narrowed.new_tensor(self.temperature)}
         out |= {f"curvature.{k}": v for k, v in self.curvature.tensors().items()}
         out |= {f"statistics.{k}": v for k, v in self.statistics.items()}
         out |= {f"prior.{k}": v.detach() for k, v in self.prior.state_dict().items()}

@@ -106,7 +106,7 @@ class Belief(NamedTuple):
     def sloped(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         """Loss and gradient [p] where the net stands, by one backward pass a batch."""
         own, like = self.own, self.mean
-        loss, gradient = like.new_zeros(()), torch.zeros_like(like)
+        loss, gradient = like.new_zeros(()), None
         with at_rest(self.net, own):
             for x, y in pairs:
                 f = per_datum(self.likelihood.rows(call(self.net, self.linearizer.place(x))), _data.len_of(x))
@@ -114,7 +114,9 @@ class Belief(NamedTuple):
                 self.likelihood.validate(f.detach(), y)
                 part = -self.likelihood.log_prob(f, y).sum()
                 found = torch.autograd.grad(part, list(own.values()), allow_unused=True)
-                loss, gradient = loss + part.detach().to(like), gradient + flat(self.vector, own, found).to(like)
+                g = flat(self.vector, own, found).to(like)
+                loss, gradient = loss + part.detach().to(like), g if gradient is None else gradient.add_(g)
+        assert gradient is not None
         return loss, gradient
 
     def outputs(self, x: Any) -> Tensor:
@@ -390,8 +392,8 @@ class Reparameterized(_ByDraws):
 def write(vector: ParameterVector, own: dict[str, nn.Parameter], θ: Tensor) -> None:
     """θ [p] into the parameters."""
     for (name, p), part in zip(own.items(), θ.split(vector.sizes), strict=True):
-        if name in vector.masks:
-            p.view(-1)[vector.masks[name]] = part.to(p)
+        if name in vector.masks:  # (put_ counts in row-major order, however p lies in memory)
+            p.put_(vector.masks[name], part.to(p))
         else:
             p.copy_(part.view(p.shape))
 

@@ -18,7 +18,8 @@ from bayesgn.ggn.conjugate_gradients import conjugate_gradients
 from bayesgn.ggn.structure import accumulator
 from bayesgn.likelihoods import Likelihood
 from bayesgn.optim.checks import check_kind
-from bayesgn.optim.expectations import AtMean, Belief, Draws, Estimate, Expectation, Pairs, View, write
+from bayesgn.optim.diagonal_step import DiagonalStep
+from bayesgn.optim.expectations import AtMean, Belief, Draws, Estimate, Expectation, Pairs, Reparameterized, View, write
 from bayesgn.rules.curvatures import Curvature as Bending
 from bayesgn.rules.curvatures import GaussNewton
 
@@ -129,6 +130,7 @@ class Variational(torch.optim.Optimizer):
         self._precision: Precision | None = None
         self._variance: tuple[Precision, Tensor] | None = None
         self._velocity: Tensor | None = None
+        self._diagonal = DiagonalStep(self)
         self.steps = 0
         super().__init__(list(self._own.values()), {"lr": float(lr)})
 
@@ -179,9 +181,10 @@ class Variational(torch.optim.Optimizer):
         """An H of this structure from the tensors of another, which must be kept alike."""
         H = self._belief().empty()
         own = H.tensors()
-        # (a dimension of 0 grows with the data: eigenvectors)
+        # (a number or a dimension of 0 grows with the data: Kronecker factors, eigenvectors)
         alike = own.keys() == tensors.keys() and all(
-            t.dim() == tensors[name].dim() and all(a in (0, b) for a, b in zip(t.shape, tensors[name].shape, strict=True)) for name, t in own.items()
+            t.dim() == 0 or (t.dim() == o.dim() and all(a in (0, b) for a, b in zip(t.shape, o.shape, strict=True)))
+            for t, o in ((t, tensors[name]) for name, t in own.items())
         )
         if not alike:
             theirs = ", ".join(f"{name} {tuple(t.shape)}" for name, t in list(tensors.items())[:3])
@@ -210,9 +213,13 @@ class Variational(torch.optim.Optimizer):
         if self.curvature is None:
             self._begin(pairs, self.num_data / B)
         renew = self.steps % self.every == 0
+        if isinstance(self.expectation, Reparameterized):
+            loss = self._diagonal(pairs, self.num_data / B, renew)
+            self.steps += 1
+            return loss / B
         found = (self.expectation.estimate if renew else self.expectation.slope)(self._belief(), pairs, self.generator)
         if not renew:  # (an expectation may find the curvature on its way to the slope)
-            found = found._replace(curvature=None, diagonal=None)
+            found = found._replace(curvature=None)
         if not bool(torch.isfinite(found.loss)) or not bool(found.gradient.isfinite().all()):
             raise FloatingPointError(f"the expected loss is {float(found.loss):.4g} or its gradient is not finite; lower lr, or raise damping.")
         self._take(found, self.num_data / B)
@@ -242,14 +249,18 @@ class Variational(torch.optim.Optimizer):
             H.load({name: torch.full_like(t, guess) for name, t in H.tensors().items()})
         self.curvature, self._precision = H, None
 
-    def _take(self, found: Estimate, whole: float) -> None:
+    def _rates(self) -> tuple[float, float]:
+        """Of the mean and of H, the latter as far as all steps from one renewal to the next would have moved it."""
         lr = float(self.param_groups[0]["lr"])
-        H, ρ = self.curvature, lr if self.precision_lr is None else self.precision_lr
-        ρ = 1 - (1 - ρ) ** self.every  # as far as so many steps would have moved it
+        ρ = lr if self.precision_lr is None else self.precision_lr
+        return lr, 1 - (1 - ρ) ** self.every
+
+    def _take(self, found: Estimate, whole: float) -> None:
+        H, (lr, ρ) = self.curvature, self._rates()
         assert H is not None
-        if found.curvature is not None or found.diagonal is not None:
+        if found.curvature is not None:
             scale = self.bending.scale(self.likelihood).detach().to(self._zero)
-            self.expectation.move(H, found, 1 - ρ, float(ρ * whole / scale), self.precision(), self.scale())
+            H.blend(found.curvature, 1 - ρ, float(ρ * whole / scale))
             self._precision = None
         slope = whole * found.gradient.to(self._zero) / self.temperature + self.prior_vector() * self.deviation()
         if self.momentum:

@@ -30,19 +30,19 @@ class Split(NamedTuple):
 
 
 def load(name: str, seed: int, most: int) -> Split:
-    """70 : 15 : 15, the share of each class kept, inputs standardised by the training part; at most ``most`` training data."""
+    """70 : 15 : 15, the share of each class kept, inputs standardised by the training part; at most ``most`` data in each part."""
     data = datasets.uci_classification(name, seed, 0.15, dtype=DTYPE)
     x, y, x_val, y_val = datasets.split(data.x_train, data.y_train, 0.15 / 0.85, seed, stratify=True)
     c = int(y.max()) + 1
-    parts = [(x[:most], y[:most]), (x_val, y_val), (data.x_test, data.y_test)]
+    parts = [(x[:most], y[:most]) for x, y in ((x, y), (x_val, y_val), data.test)]
     if c == 2:
         parts = [(x, y.to(DTYPE)[:, None]) for x, y in parts]
     return Split(name, *parts, outputs=1 if c == 2 else c)
 
 
 def likelihood_of(outputs: int) -> likelihoods.Likelihood:
-    """Bernoulli for one logit (E[σ(f)] by quadrature), else a softmax whose expectation under a Gaussian is taken over 512 quasi-random points."""
-    return likelihoods.Bernoulli() if outputs == 1 else likelihoods.Categorical(predictive=likelihoods.MonteCarlo(512))
+    """Bernoulli for one logit (E[σ(f)] by quadrature), else a softmax whose expectation under a Gaussian is taken over 256 quasi-random points."""
+    return likelihoods.Bernoulli() if outputs == 1 else likelihoods.Categorical(predictive=likelihoods.MonteCarlo(256))
 
 
 def mlp(*sizes: int, seed: int) -> nn.Sequential:
@@ -56,7 +56,7 @@ def mlp(*sizes: int, seed: int) -> nn.Sequential:
     return net
 
 
-def train(net: nn.Module, likelihood: likelihoods.Likelihood, x: Tensor, y: Tensor, δ: float, iterations: int = 400) -> nn.Module:
+def train(net: nn.Module, likelihood: likelihoods.Likelihood, x: Tensor, y: Tensor, δ: float, iterations: int = 300) -> nn.Module:
     """The net at a mode of Σ log p(y|f) − δ/2 |θ|², by L-BFGS on all data; it comes back in eval mode."""
     weights = list(net.parameters())
     opt = torch.optim.LBFGS(weights, max_iter=iterations, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-12, line_search_fn="strong_wolfe")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -336,7 +336,8 @@ def draw_training(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
             ax.plot([i + 0.2 * (j - 1)] * len(gap), gap, ".", color=color, ms=4, alpha=0.6)
             ax.plot(i + 0.2 * (j - 1), gap.mean(), "_", color=color, ms=12, mew=2.5, label=method if i == 0 else None)
     ax.axhline(0, color="C2", lw=1)
-    ax.text(-0.45, 0, "validation", color="C2", fontsize=7, va="bottom")
+    ax.set_xlim(-0.5, len(found) - 0.5)
+    ax.text(len(found) - 0.52, 0, "validation", color="C2", fontsize=7, va="bottom", ha="right")
     ax.set_xticks(range(len(found)), [n.replace("_", " ") for n in found], fontsize=8)
     ax.set_ylabel("test NLL less validation's / nats", fontsize=8)
     ax.legend(frameon=False, fontsize=7)
@@ -345,7 +346,7 @@ def draw_training(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     plt.close(figure)
 
 
-def _table(title: str, columns: Sequence[str], rows: dict[str, Sequence[float]]) -> None:
+def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, values in rows.items():
         print(f"| {name.replace('_', ' ')} | {' | '.join(f'{v:.2f}' for v in values)} |")
@@ -420,26 +421,35 @@ def report_training(found: dict[str, dict[str, np.ndarray]]) -> dict[str, float]
     }  # fmt: skip
 
 
+def precision(quick: bool, figures: Path) -> dict[str, float]:
+    names = ("glass", "yacht") if quick else ("glass", "ionosphere", "vehicle", "australian", "yacht", "concrete", "wine_quality_red")
+    grid = np.logspace(-3, 3, 5 if quick else 9)
+    found = {n: precision_curves(n, range(1 if quick else 3), grid, 20, 400 if quick else 1000, 600) for n in names}
+    draw_precision(found, figures / "evidence_precision.png")
+    return report_precision(found)
+
+
+def architecture(quick: bool, figures: Path) -> dict[str, float]:
+    names = ("glass",) if quick else ("glass", "ionosphere", "yacht", "concrete")
+    hiddens: list[tuple[int, ...]] = [(), (3,), (10,), (30,), (3, 3), (10, 10), (30, 30), (10, 10, 10)]
+    steps, rounds = (150, 3) if quick else (300, 4)
+    found = {n: architectures(n, range(1 if quick else 3), hiddens[:4] if quick else hiddens, steps, rounds, 400) for n in names}
+    draw_architecture(found, figures / "evidence_architecture.png")
+    return report_architecture(found)
+
+
+def training(quick: bool, figures: Path) -> dict[str, float]:
+    seeds, steps = range(1 if quick else 3), 300 if quick else 1200
+    found = {n: trainings(n, seeds, 800, 50, steps) for n in (("yacht",) if quick else REGRESSION)}
+    draw_training(found, figures / "evidence_training.png")
+    return report_training(found)
+
+
 def run(quick: bool, figures: Path) -> dict[str, float]:
-    """All three; with ``quick`` two small sets and one split each."""
+    """All three; with ``quick`` one or two small sets and one split."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        names = ("glass", "yacht") if quick else ("glass", "ionosphere", "vehicle", "australian", "yacht", "energy", "concrete", "wine_quality_red")
-        seeds, grid = range(1 if quick else 3), np.logspace(-3, 3, 5 if quick else 9)
-        curves = {n: precision_curves(n, seeds, grid, 20, 400 if quick else 1000, 600) for n in names}
-        numbers = report_precision(curves)
-        draw_precision(curves, figures / "evidence_precision.png")
-
-        names = ("glass",) if quick else ("glass", "ionosphere", "yacht", "energy", "concrete")
-        hiddens: list[tuple[int, ...]] = [(), (3,), (10,), (30,), (3, 3), (10, 10), (30, 30), (10, 10, 10)]
-        shapes = {n: architectures(n, seeds, hiddens[:4] if quick else hiddens, 150 if quick else 300, 3 if quick else 5, 400) for n in names}
-        numbers |= report_architecture(shapes)
-        draw_architecture(shapes, figures / "evidence_architecture.png")
-
-        trained = {n: trainings(n, seeds, 1000, 50, 300 if quick else 1500) for n in (("yacht",) if quick else REGRESSION)}
-        numbers |= report_training(trained)
-        draw_training(trained, figures / "evidence_training.png")
+        return precision(quick, figures) | architecture(quick, figures) | training(quick, figures)
     finally:
         torch.set_num_threads(threads)
-    return numbers

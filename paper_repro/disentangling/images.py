@@ -156,11 +156,11 @@ def table(title: str, rows: Rows) -> None:
 
 
 def draw(found: dict[str, list[Rows]], path: Path) -> None:
-    """A point for each seed and the mean: NLL, ECE and the mean AUROC by entropy; one row of panels a set."""
+    """A point for each seed and the mean: NLL, ECE and the AUROC by entropy (mean over the other images); one row of panels a set."""
     figure, axes = plt.subplots(len(found), 3, figsize=(8, 0.4 + 2.1 * len(found)), sharey=True, layout="constrained", squeeze=False)
     for line, (title, runs) in zip(axes, found.items()):
         names = list(runs[0])
-        for ax, key, label in zip(line, ("nll", "ece", "entropy"), ("NLL", "ECE", "AUROC by entropy, mean of the other images")):
+        for ax, key, label in zip(line, ("nll", "ece", "entropy"), ("NLL", "ECE", "AUROC by entropy")):
             for i, name in enumerate(reversed(names)):
                 values = [np.mean([v for k, v in r[name].items() if k.startswith(key)]) for r in runs]
                 color = "0.5" if "MAP" in name else "C2" if "validation" in name else "C0"

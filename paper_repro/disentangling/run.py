@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 
 TITLE = "Immer (2020); Immer, Korzepa and Bauer (2021): what Gauss-Newton and what inference contribute to Bayesian networks"

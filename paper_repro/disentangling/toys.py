@@ -14,14 +14,14 @@ from bayesgn import datasets, ggn, likelihoods, metrics, models
 from bayesgn.datasets import DatasetUnavailable
 from paper_repro.disentangling.common import COLORS, DTYPE, mlp, table, train
 
-DRAWS = 1000
+DRAWS = 300
 NOISE = 0.09
 
 
 class Toy:
     """A net of two hidden layers of 50 at its mode, and the exact GGN posterior there (in its data × data form)."""
 
-    def __init__(self, likelihood: likelihoods.Likelihood, x: Tensor, y: Tensor, δ: float = 1.0, iterations: int = 1000) -> None:
+    def __init__(self, likelihood: likelihoods.Likelihood, x: Tensor, y: Tensor, δ: float = 1.0, iterations: int = 400) -> None:
         self.likelihood = likelihood
         self.net = train(mlp(x.shape[1], 50, 50, 1, seed=0), likelihood, x, y, δ, iterations)
         self.posterior: Any = bgn.laplace(models.Network(self.net, models.WeightPrior(δ), ggn.Gram), likelihood, (x, y), progress=False)
@@ -82,6 +82,8 @@ def draw_regression(toy: Toy, data: Any, path: Path) -> None:
         ax.plot(at, mean, color=COLORS[name])
         ax.plot(at, toy.net(grid).detach()[:, 0], "k--", lw=0.8)
         ax.scatter(data.x_train[:, 0], data.y_train[:, 0], s=4, color="k", alpha=0.5, lw=0)
+        if float(sd.min()) > 3:
+            ax.text(3.9, -5.6, f"the band: ± {2 * float(sd.median()):.0f}", fontsize=8, ha="right")
         ax.set(title=title, xlabel="x", ylim=(-6, 6), xlim=(-4, 4))
         ax.title.set_fontsize(9)
         ax.spines[["top", "right"]].set_visible(False)

@@ -28,7 +28,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-8) -> None:
 
 def at_map(c: int, likelihood, x: Tensor, y: Tensor, precision: float) -> nn.Module:
     """A net at its MAP, to 1e-11 in the gradient: L-BFGS, then Newton steps with the whole Hessian."""
-    net = mlp(c, hidden=5)
+    net = mlp(c, hidden=4)
     shapes = {n: p.shape for n, p in net.named_parameters()}
 
     def loss(θ: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def at_map(c: int, likelihood, x: Tensor, y: Tensor, precision: float) -> nn.Mod
 
     optimizer.step(closure)
     θ = θ.detach()
-    for _ in range(8):
+    for _ in range(4):
         g, H = torch.func.grad(loss)(θ), torch.func.hessian(loss)(θ)
         λ, V = torch.linalg.eigh(H)
         θ = θ - V @ ((V.T @ g) / λ.abs().clamp_min(1e-3))
@@ -76,7 +76,9 @@ def test_laplace_in_weight_space_is_the_gaussian_process():
     x, y = regression()
     z = inputs(5, seed=4)
     net = at_map(1, GAUSSIAN(), x, y, 0.7)
-    full, gram = (bgn.laplace(models.Network(net, WeightPrior(0.7), structure), GAUSSIAN(), (x, y), progress=False) for structure in (ggn.Full, ggn.Gram))
+    full, gram = (
+        bgn.laplace(models.Network(net, WeightPrior(0.7), structure), GAUSSIAN(), (x, y), progress=False) for structure in (ggn.Full, ggn.Gram)
+    )
     network = models.Network(net, WeightPrior(0.7))
 
     gp = exact(network, x, y[:, 0])
@@ -136,8 +138,8 @@ RULES = {
 @pytest.mark.parametrize("family", LABELS)
 def test_any_rule_and_likelihood_in_both_views(family, rule):
     likelihood, label = LABELS[family]
-    net, x, z = mlp(1, hidden=8), inputs(16), inputs(5, seed=4)
-    y = label(net(inputs(16, seed=1)).detach()[:, 0] + 0.3 * x[:, 1])
+    net, x, z = mlp(1, hidden=8, seed=1), inputs(16), inputs(5, seed=4)
+    y = label(net(x).detach()[:, 0] + 0.3 * x[:, 1])
     prior = WeightPrior.per_layer(net, torch.tensor([0.5, 2.0], dtype=torch.float64))
     network = models.Network(net, prior, ggn.Full)
     weights = bgn.bayes_newton(network, likelihood, (x, y), rule=RULES[rule], tol=1e-11, steps=300, progress=False)
@@ -159,7 +161,7 @@ def test_classes_with_a_last_layer_are_independent_processes(rule):
     y = torch.arange(15) % 3
     network = models.Network(net, WeightPrior(0.5), ggn.Full, parameters=bgn.last_layer(net))
     kernel, mean = JacobianKernel(network), LinearizedMean(network)
-    K = kernel(x).to_dense().view(15, 3, 15, 3)
+    K = kernel(x).to_dense().detach().view(15, 3, 15, 3)
     assert all(float(K[:, i, :, j].abs().max()) < 1e-12 for i in range(3) for j in range(3) if i != j)
     model = models.GP([kernel.output(j) for j in range(3)], [mean.output(j) for j in range(3)])
     weights, functions = (
@@ -204,7 +206,8 @@ def test_a_subset_of_the_data_is_the_process_of_these_alone():
     everything = bgn.laplace(models.Network(net, WeightPrior(0.7), ggn.Gram), GAUSSIAN(), (x, y), progress=False)
     assert bool((subset(z).variance > everything(z).variance).all())
     # For bayes_newton the subset holds the covariance alone; the mean goes on to see all data.
-    refined = bgn.bayes_newton(models.Network(net, WeightPrior(0.7), ggn.Gram(subset=7, seed=2)), GAUSSIAN(), (x, y), progress=False)
+    with pytest.warns(UserWarning, match="the determinant of the subset"):
+        refined = bgn.bayes_newton(models.Network(net, WeightPrior(0.7), ggn.Gram(subset=7, seed=2)), GAUSSIAN(), (x, y), progress=False)
     close(refined(z).mean[:, 0], exact(models.Network(net, WeightPrior(0.7)), x, y[:, 0]).eval()(z).mean, 1e-7)
 
 
@@ -259,7 +262,7 @@ def test_the_bound_is_that_of_titsias():
     close(posterior.log_evidence(), N.log_prob(y[:, 0]) - (K(x, x) - Q).trace() / (2 * noise), 1e-7)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["Gaussian", "Bernoulli"]))
 def test_more_inducing_points_never_lower_the_bound(seed, family):
     x, y = regression(14)
@@ -267,7 +270,7 @@ def test_more_inducing_points_never_lower_the_bound(seed, family):
     network = models.Network(mlp(1, hidden=10, seed=seed), WeightPrior(0.7), ggn.Full)
     order = torch.randperm(14, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        bounds = [sparse(network, x[order[:m]], likelihood, (x, y)).log_evidence().item() for m in (2, 5, 9, 14)]
+        bounds = [sparse(network, x[order[:m]], likelihood, (x, y)).log_evidence().item() for m in (3, 8, 14)]
         exact_bound = bgn.bayes_newton(network, likelihood, (x, y), rule=rules.Variational(), tol=1e-10, progress=False).log_evidence().item()
     tolerance = 1e-6 * (1 + abs(exact_bound))
     assert all(b >= a - tolerance for a, b in zip(bounds, bounds[1:])), bounds
@@ -295,7 +298,6 @@ def test_inducing_points_are_chosen_and_moved():
     slope = torch.autograd.grad(moved.log_evidence(), moved.model.inducing_points)[0]
     close(slope.flatten(), dense.finite_difference(lambda v: bound(v.view(3, 2)), start.flatten(), 1e-5).flatten(), 1e-4)
     moved.model.kernels[0].prior.log_precision.requires_grad_(False)
-    before = float(moved.log_evidence())
+    before = moved.log_evidence().item()
     bgn.maximize_evidence(moved, noise=False, steps=10, progress=False)
-    assert float(moved.log_evidence()) > before + 0.1
-    assert float(moved.log_evidence()) <= float(full.log_evidence()) + 1e-6
+    assert before + 0.1 < moved.log_evidence().item() <= full.log_evidence().item() + 1e-6

@@ -116,7 +116,7 @@ def test_the_mean_is_that_of_the_prior_pushed_through_the_linear_functions():
     close(mean.output(1)(x), wanted[:, 1])
     one = mlp(1)
     assert LinearizedMean(models.Network(one))(x).shape == (5,)
-    linear = nn.Linear(2, 1).double()  # linear in its weights, whose prior mean is 0
+    linear = nn.Linear(2, 1).double().eval()  # linear in its weights, whose prior mean is 0
     close(LinearizedMean(models.Network(linear))(x), torch.zeros(5, dtype=torch.float64))
 
 
@@ -151,7 +151,8 @@ def test_laws(n, c, hidden, seed):
         close(blocks(kernel(x[order]).to_dense()), blocks(K)[order][:, :, order])
         kernel.prior.precision = 6.0
         close(kernel(x).to_dense(), K / 3)
-        layers = [JacobianKernel(models.Network(net, WeightPrior(2.0), parameters=[n for n in dict(net.named_parameters()) if n[0] == i])) for i in "02"]
+        names = [[name for name, _ in net.named_parameters() if name[0] == i] for i in "02"]
+        layers = [JacobianKernel(models.Network(net, WeightPrior(2.0), parameters=part)) for part in names]
         close(sum(layer(x).to_dense() for layer in layers), K)
         close((layers[0] + layers[1])(x).to_dense(), K)
 
@@ -284,6 +285,20 @@ def test_exact_gp_equals_the_network_in_weight_space(c, prior):
     close(p.variance.reshape(5, c), q.variance, 1e-8)
     predictive = gp.likelihood(p)
     close(predictive.variance.reshape(5, c), q.variance + 0.1, 1e-8)
+
+
+def test_beyond_800_rows_with_the_setting_of_the_docstring():
+    x = inputs(850)
+    y = x[:, 0].sin()
+    network = models.Network(mlp(1, hidden=9), WeightPrior(0.5), ggn.Full)
+    weights = bgn.bayes_newton(network, likelihoods.Gaussian(torch.tensor(0.1, dtype=torch.float64)), (x, y))
+    with torch.no_grad(), gpytorch.settings.max_cholesky_size(10**9):
+        gp = exact(network, x, y)
+        value = gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp)(gp.train()(x), y) * 850
+        f, q = gp.eval()(x[:5] + 0.1), weights(x[:5] + 0.1)
+        close(value, weights.log_evidence(), 1e-8)
+        close(f.mean, q.mean[:, 0], 1e-8)
+        close(f.covariance_matrix, q.covariance_matrix, 1e-8)
 
 
 def test_training_by_gpytorch_reaches_the_optimum_of_maximize_evidence():
@@ -443,6 +458,6 @@ def test_what_cannot_be_right_is_refused():
         kernel(x, x[:2], diag=True)
     with pytest.raises(ValueError, match="all columns together"), pytest.warns(DeprecationWarning):
         kernel(x, last_dim_is_batch=True).to_dense()
-    indices = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(4, 1)).double()
+    indices = nn.Sequential(nn.Embedding(5, 2), nn.Flatten(), nn.Linear(4, 1)).double().eval()
     with pytest.raises(ValueError, match="x.long"):
         JacobianKernel(models.Network(indices))(x).to_dense()

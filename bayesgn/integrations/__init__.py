@@ -1,0 +1,1 @@
+"""Integrations: posteriors and networks in other libraries' terms. Each module needs its library; nothing else imports them."""
