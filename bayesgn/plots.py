@@ -14,28 +14,16 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from bayesgn import metrics
+from bayesgn._canvas import BLUE, CYCLE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, array, axes, finish
+from bayesgn.kernel_plots import gp_bars, gp_image, kernel_matrix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito (2008): distinct for every kind of colour vision, and in grey.
-BLUE, ORANGE, GREEN, RED, SKY, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#666666"
-_CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
-
-
-def _axes(ax: Axes | None, size: tuple[float, float] = (5.0, 3.5)) -> Axes:
-    if ax is not None:
-        return ax
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    return figure.subplots()
-
-
-def _array(t: Tensor | Sequence[float]) -> Any:
-    return torch.as_tensor(t).detach().to("cpu", torch.float64).numpy()
+__all__ = [
+    "BLUE", "GREEN", "GREY", "ORANGE", "PURPLE", "RED", "SKY", "confidence_histogram", "confidence_map", "decision_map", "eigenvalue_spectrum",
+    "evidence_trace", "gp_bars", "gp_image", "kernel_matrix", "latent_bands", "posterior_band", "predictive_band", "reliability_diagram",
+]  # fmt: skip
 
 
 def _column(x: Tensor, what: str) -> Tensor:
@@ -45,16 +33,6 @@ def _column(x: Tensor, what: str) -> Tensor:
     if x.ndim != 1:
         raise ValueError(f"{what} has shape {list(x.shape)}; expected [n] or [n 1], one real number a datum")
     return x
-
-
-def _finish(ax: Axes, xlabel: str, ylabel: str) -> Axes:
-    ax.set_xlabel(xlabel)
-    ax.set_ylabel(ylabel)
-    for side in ("top", "right"):
-        ax.spines[side].set_visible(False)
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(framealpha=0.8, edgecolor="none", fontsize="small")
-    return ax
 
 
 def predictive_band(
@@ -87,11 +65,11 @@ def predictive_band(
         >>> predictive_band(x, f, xlabel="time / ms", ylabel="acceleration / g").get_xlabel()
         'time / ms'
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     x = _column(x, "x")
     order = x.argsort()
-    grid = _array(x[order])
-    at = lambda t: _array(_column(t, "the predictive")[order])
+    grid = array(x[order])
+    at = lambda t: array(_column(t, "the predictive")[order])
     if f is None and y is None:
         raise ValueError("neither f nor y was given; the figure needs posterior(x), likelihood(posterior(x)), or both")
     centre = f if f is not None else y
@@ -113,8 +91,8 @@ def predictive_band(
     if truth is not None:
         ax.plot(grid, at(truth), color=GREY, linestyle="--", linewidth=1, label="truth")
     if data is not None:
-        ax.plot(_array(_column(data[0], "data x")), _array(_column(data[1], "data y")), "k.", markersize=3, label="data")
-    return _finish(ax, xlabel, ylabel)
+        ax.plot(array(_column(data[0], "data x")), array(_column(data[1], "data y")), "k.", markersize=3, label="data")
+    return finish(ax, xlabel, ylabel)
 
 
 DRAWS, COUNTS = 10_000, 2**22  # for the quantiles of a predictive that is neither Gaussian nor a count; rows × counts of one that is
@@ -170,7 +148,7 @@ def latent_bands(
         >>> len(latent_bands(torch.arange(5.0), f, names=("signal", "log noise")).lines)
         2
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     x = _column(x, "x")
     mean = f.mean.detach().reshape(len(x), -1) if f.mean.numel() % max(len(x), 1) == 0 else f.mean
     if mean.ndim != 2 or len(mean) != len(x):
@@ -180,11 +158,11 @@ def latent_bands(
     if len(named) != mean.shape[1]:
         raise ValueError(f"{len(named)} names for {mean.shape[1]} latent functions")
     order, width = x.argsort(), float(torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)))
-    for i, (name, colour) in enumerate(zip(named, _CYCLE * len(named))):
-        m, w = _array(mean[order, i]), width * _array(std[order, i])
-        ax.fill_between(_array(x[order]), m - w, m + w, color=colour, alpha=0.2, linewidth=0)
-        ax.plot(_array(x[order]), m, color=colour, label=f"{name}, {100 * level:g} %")
-    return _finish(ax, xlabel, ylabel)
+    for i, (name, colour) in enumerate(zip(named, CYCLE * len(named))):
+        m, w = array(mean[order, i]), width * array(std[order, i])
+        ax.fill_between(array(x[order]), m - w, m + w, color=colour, alpha=0.2, linewidth=0)
+        ax.plot(array(x[order]), m, color=colour, label=f"{name}, {100 * level:g} %")
+    return finish(ax, xlabel, ylabel)
 
 
 def posterior_band(
@@ -273,9 +251,9 @@ def _scatter(ax: Axes, x: Tensor | None, y: Tensor | None) -> None:
         return
     labels = torch.zeros(len(x)) if y is None else y.flatten()
     for k in labels.unique():
-        part = _array(x[labels == k])
+        part = array(x[labels == k])
         name = None if y is None else f"class {int(k)}"
-        colour = GREY if y is None else _CYCLE[int(k) % len(_CYCLE)]
+        colour = GREY if y is None else CYCLE[int(k) % len(CYCLE)]
         ax.plot(part[:, 0], part[:, 1], "o", color=colour, markersize=4, markeredgecolor="black", markeredgewidth=0.4, label=name)
 
 
@@ -302,15 +280,15 @@ def confidence_map(
         >>> confidence_map(predict, bounds=(-1, 1, -1, 1), resolution=5).images[0].get_array().shape
         (5, 5)
     """
-    ax = _axes(ax, (5.0, 4.0))
+    ax = axes(ax, (5.0, 4.0))
     points, bounds = _grid(x, bounds, resolution)
     p = _map_probabilities(predict, points, resolution)
     k = p.shape[-1]
-    image = ax.imshow(_array(p.max(-1).values), extent=bounds, origin="lower", aspect="auto", cmap="cividis", vmin=1 / k, vmax=1)
+    image = ax.imshow(array(p.max(-1).values), extent=bounds, origin="lower", aspect="auto", cmap="cividis", vmin=1 / k, vmax=1)
     ax.figure.colorbar(image, ax=ax, label="confidence")
     _scatter(ax, x, y)
     ax.set(xlim=bounds[:2], ylim=bounds[2:])
-    return _finish(ax, xlabel, ylabel)
+    return finish(ax, xlabel, ylabel)
 
 
 def decision_map(
@@ -334,17 +312,17 @@ def decision_map(
     """
     from matplotlib.colors import to_rgb
 
-    ax = _axes(ax, (4.5, 4.0))
+    ax = axes(ax, (4.5, 4.0))
     points, bounds = _grid(x, bounds, resolution)
     p = _map_probabilities(predict, points, resolution)
     k = p.shape[-1]
     sure, chosen = p.double().max(-1)
     strength = 0.75 * ((sure - 1 / k) / (1 - 1 / k)).clamp(0, 1).unsqueeze(-1)
-    colours = torch.tensor([to_rgb(_CYCLE[i % len(_CYCLE)]) for i in range(k)], dtype=torch.float64)
-    ax.imshow(_array(1 - strength * (1 - colours[chosen])), extent=bounds, origin="lower", aspect="auto", interpolation="nearest")
+    colours = torch.tensor([to_rgb(CYCLE[i % len(CYCLE)]) for i in range(k)], dtype=torch.float64)
+    ax.imshow(array(1 - strength * (1 - colours[chosen])), extent=bounds, origin="lower", aspect="auto", interpolation="nearest")
     _scatter(ax, x, y)
     ax.set(xlim=bounds[:2], ylim=bounds[2:])
-    return _finish(ax, xlabel, ylabel)
+    return finish(ax, xlabel, ylabel)
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------------------------------------
@@ -368,20 +346,20 @@ def reliability_diagram(
         >>> reliability_diagram(y, torch.tensor([1, 0]), bins=2).get_xlabel()
         'confidence'
     """
-    ax = _axes(ax, (4.0, 4.0))
+    ax = axes(ax, (4.0, 4.0))
     named = {"": predictions} if isinstance(predictions, Distribution) else predictions
     ax.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="calibrated")
-    for (name, y), colour in zip(named.items(), _CYCLE * len(named)):
+    for (name, y), colour in zip(named.items(), CYCLE * len(named)):
         curve = metrics.reliability(y, target, bins, ignore_index)
         share = curve.count / curve.count.sum()
         error = float((share * (curve.accuracy - curve.confidence).abs()).nansum())
         filled = curve.count > 0
-        across, up = _array(curve.confidence[filled]), _array(curve.accuracy[filled])
+        across, up = array(curve.confidence[filled]), array(curve.accuracy[filled])
         label = f"{name} (ECE {100 * error:.1f} %)".strip()
         ax.plot(across, up, color=colour, linewidth=1.2, label=label)
-        ax.scatter(across, up, s=8 + 150 * _array(share[filled]), color=colour, alpha=0.7, linewidths=0)
+        ax.scatter(across, up, s=8 + 150 * array(share[filled]), color=colour, alpha=0.7, linewidths=0)
     ax.set(xlim=(0, 1), ylim=(0, 1.02))
-    return _finish(ax, "confidence", "accuracy")
+    return finish(ax, "confidence", "accuracy")
 
 
 def confidence_histogram(
@@ -396,15 +374,15 @@ def confidence_histogram(
         >>> len(confidence_histogram(y, y, bins=4).patches)
         2
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     groups = [metrics.confidence(y).flatten().double() for y in (in_distribution, out_of_distribution)]
     auroc = float(metrics.auroc_ood(*(1 - group for group in groups)))
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     for group, colour, label in zip(groups, (BLUE, ORANGE), ("in distribution", f"out of distribution\n(AUROC {auroc:.3f} by confidence)")):
         share = torch.histc(group.cpu().clamp(0, 1), bins, 0, 1) / group.numel()
-        ax.stairs(_array(share), _array(edges), color=colour, fill=True, alpha=0.5, label=label)
+        ax.stairs(array(share), array(edges), color=colour, fill=True, alpha=0.5, label=label)
     ax.set(xlim=(0, 1), title=title)
-    return _finish(ax, "confidence", "fraction of inputs")
+    return finish(ax, "confidence", "fraction of inputs")
 
 
 # -- evidence and curvature --------------------------------------------------------------------------------------------------------------------------
@@ -422,16 +400,16 @@ def evidence_trace(
         >>> evidence_trace([-30.0, -12.0, -11.5]).get_ylabel()
         'log evidence / nats'
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     named = history if isinstance(history, Mapping) else {"": history}
-    for (name, values), colour in zip(named.items(), _CYCLE * len(named)):
+    for (name, values), colour in zip(named.items(), CYCLE * len(named)):
         values = _column(torch.as_tensor(values, dtype=torch.float64), "history")
-        ax.plot(range(len(values)), _array(values), color=colour, label=name or None)
+        ax.plot(range(len(values)), array(values), color=colour, label=name or None)
         finite = values.nan_to_num(nan=-torch.inf)
         if best and len(values) and finite.max().isfinite():
             at = int(finite.argmax())
             ax.plot([at], [float(values[at])], "o", color=colour, markersize=5)
-    return _finish(ax, xlabel, "log evidence / nats")
+    return finish(ax, xlabel, "log evidence / nats")
 
 
 def eigenvalue_spectrum(
@@ -451,17 +429,17 @@ def eigenvalue_spectrum(
         >>> ax.get_legend_handles_labels()[1]
         ['2 of 3 positive, γ = 1.5', 'prior precision']
     """
-    ax = _axes(ax)
+    ax = axes(ax)
     named = {"": eigenvalues} if isinstance(eigenvalues, Tensor) else eigenvalues
-    for (name, values), colour in zip(named.items(), _CYCLE * len(named)):
+    for (name, values), colour in zip(named.items(), CYCLE * len(named)):
         values = _column(values, "eigenvalues").double()
         drawn = values[values > 0].sort(descending=True).values
         label = f"{name}: " if name else ""
         label += f"{len(drawn)} of {len(values)} positive"
         if prior_precision is not None:
             label += f", γ = {float((drawn / (drawn + prior_precision)).sum()):.1f}"
-        ax.plot(range(1, len(drawn) + 1), _array(drawn), color=colour, marker=".", markersize=3, linewidth=1, label=label)
+        ax.plot(range(1, len(drawn) + 1), array(drawn), color=colour, marker=".", markersize=3, linewidth=1, label=label)
     if prior_precision is not None:
         ax.axhline(prior_precision, color=GREY, linestyle="--", linewidth=1, label="prior precision")
     ax.set(xscale="log", yscale="log")
-    return _finish(ax, "rank", "eigenvalue of H")
+    return finish(ax, "rank", "eigenvalue of H")

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from bayesgn.models.gaussian_process import GaussianProcess
     from bayesgn.models.gp import GP
     from bayesgn.models.gp_posterior import GaussianProcessPosterior
+    from bayesgn.models.jacobian_kernel import JacobianKernel, LinearizedMean
     from bayesgn.models.markov_gp import MarkovGP
+    from bayesgn.models.pyro_model import PyroModel
     from bayesgn.models.sparse_gp import SparseGP, inducing_points
     from bayesgn.models.sparse_markov_gp import SparseMarkovGP
     from bayesgn.models.spatio_temporal_gp import SpatioTemporalGP
     from bayesgn.models.steady_state import SteadyStateGP
 
-# Gaussian processes bring gpytorch with them: imported when first asked for, so that a network costs nothing of it.
+# Gaussian processes bring gpytorch with them, Pyro programs Pyro: imported when first asked for, so that a network costs nothing of it.
 _LATE = {
     "GP": "gp",
     "GaussianProcess": "gaussian_process",
@@ -37,12 +39,16 @@ _LATE = {
     "SteadyStateGP": "steady_state",
     "SpatioTemporalGP": "spatio_temporal_gp",
     "inducing_points": "sparse_gp",
+    "JacobianKernel": "jacobian_kernel",
+    "LinearizedMean": "jacobian_kernel",
+    "PyroModel": "pyro_model",
 }
 
 __all__ = [
-    "GP", "Checkpoint", "GaussianProcess", "GaussianProcessPosterior", "LinearizedPosterior", "MarkovGP", "Network", "NetworkPosterior", "Posterior",
-    "SparseGP", "SparseMarkovGP", "SpatioTemporalGP", "StalePosteriorError", "SteadyStateGP", "VariationalPosterior", "WeightPrior",
-    "inducing_points", "largest_variance", "last_layer", "magnitude", "named", "random_subset", "sde_kernels",
+    "Checkpoint", "GP", "GaussianProcess", "GaussianProcessPosterior", "JacobianKernel", "LinearizedMean", "LinearizedPosterior", "MarkovGP",
+    "Network", "NetworkPosterior", "Posterior", "PyroModel", "SparseGP", "SparseMarkovGP", "SpatioTemporalGP", "StalePosteriorError",
+    "SteadyStateGP", "VariationalPosterior", "WeightPrior", "inducing_points", "largest_variance", "last_layer", "magnitude", "named",
+    "random_subset", "sde_kernels",
 ]  # fmt: skip
 
 

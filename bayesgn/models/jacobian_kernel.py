@@ -62,14 +62,13 @@ class JacobianKernel(Kernel):
 
     Example:
         >>> import gpytorch, bayesgn as bgn
-        >>> from bayesgn.models.jacobian_kernel import JacobianKernel, LinearizedMean
         >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).double().eval()
         >>> network = bgn.models.Network(net, bgn.models.WeightPrior(2.0), bgn.ggn.Full)
         >>> x = torch.randn(20, 2, dtype=torch.float64); y = x.sin().sum(-1)
-        >>> kernel = JacobianKernel(network)
+        >>> kernel = bgn.models.JacobianKernel(network)
         >>> kernel(x, x[:3]).shape, kernel.prior.precision.item()
         (torch.Size([20, 3]), 2.0)
-        >>> gp = bgn.bayes_newton(bgn.models.GP(kernel, LinearizedMean(network)), bgn.likelihoods.Gaussian(0.1), (x, y))
+        >>> gp = bgn.bayes_newton(bgn.models.GP(kernel, bgn.models.LinearizedMean(network)), bgn.likelihoods.Gaussian(0.1), (x, y))
         >>> weight_space = bgn.bayes_newton(network, bgn.likelihoods.Gaussian(0.1), (x, y))
         >>> torch.testing.assert_close(gp.log_evidence(), weight_space.log_evidence())
 
@@ -160,9 +159,8 @@ class LinearizedMean(Mean):
 
     Example:
         >>> import bayesgn as bgn
-        >>> from bayesgn.models.jacobian_kernel import LinearizedMean
         >>> net = torch.nn.Linear(2, 1)  # linear in its weights, which are 0 before the data
-        >>> LinearizedMean(bgn.models.Network(net))(torch.eye(2)).abs().max() < 1e-6
+        >>> bgn.models.LinearizedMean(bgn.models.Network(net))(torch.eye(2)).abs().max() < 1e-6
         tensor(True)
 
     Source: Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization", sec. 3.2.
