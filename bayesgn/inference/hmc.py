@@ -53,7 +53,8 @@ def hmc(
 
     With a posterior for ``start`` (a ``LinearizedPosterior`` is its own) the chains begin at its draws and run in coordinates z,
     θ = mean + L z with L Lᵀ its covariance, in which a posterior near that Gaussian is round. Steps are then as long as the narrowest direction
-    allows without the widest taking hundreds of them: on a small net tens of times fewer evaluations. The answer does not depend on it.
+    allows without the widest taking hundreds of them. The answer does not depend on it. A net costs tens to hundreds of evaluations a draw, the more
+    the further its posterior is from a Gaussian (a wide prior, little noise): this is for nets of tens of weights, not of millions.
 
     Chains run one after another, with the net in its own dtype and the sampler in float64. Interrupted from the keyboard, whole chains are
     returned with a warning, or the part of the first one.
@@ -83,7 +84,7 @@ def hmc(
 
     Example:
         >>> import bayesgn as bgn
-        >>> from bayesgn.inference.hmc import hmc
+        >>> from bayesgn.inference import hmc
         >>> x = torch.linspace(-1, 1, 20, dtype=torch.float64)[:, None]; y = 2 * x
         >>> net = torch.nn.Linear(1, 1).double().eval()
         >>> model, likelihood = bgn.models.Network(net, structure=bgn.ggn.Full), bgn.likelihoods.Gaussian(0.1)
@@ -360,7 +361,9 @@ def _report(samples: Samples) -> None:
         warnings.warn(f"whether the chains have converged was not looked at: {error}.", stacklevel=4)
     log.info("%r, acceptance %s, %d evaluations", samples, [round(a, 3) for a in samples.accept.tolist()], samples.evaluations)
     worst = 1.0 if samples.at_data is None else float(samples.at_data.r_hat.max())
-    if not worst <= BAD:
+    if np.isnan(worst):
+        warnings.warn(f"whether the chains have converged cannot be told from {samples.weights.shape[1]} draws; take more samples.", stacklevel=4)
+    if worst > BAD:
         warnings.warn(
             f"the chains have not converged: R-hat of the functions at the data is up to {worst:.3g} (1.01 or less would be good). Take more "
             "samples and warmup, start=bgn.laplace(...) with structure=ggn.Full, or a tighter prior; chains in different modes may never agree.",

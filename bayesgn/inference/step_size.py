@@ -14,6 +14,7 @@ SMALLEST = 2.0**-20
 LONG = 0.1  # standard deviations: shorter steps are not judged by what they gain, where rounding and cubature errors would count
 ENOUGH = 0.1  # of what the slope promises; a Newton step on a parabola gains a half
 TURNING = -0.3  # a move that undoes more than this part of the last one shortens the next
+PATIENCE = 40  # steps in which the smallest move has to fall by half: a cycle of several steps is not seen from one step to the next
 
 
 class StepSize:
@@ -27,6 +28,7 @@ class StepSize:
     def __init__(self, lr: float, automatic: bool) -> None:
         self.lr, self.automatic = lr, automatic
         self.last: tuple[Tensor, Tensor] | None = None
+        self.longest, self.steps, self.smallest, self.then = 1.0, 0, math.inf, math.inf
 
     def begin(self) -> float:
         return self.lr
@@ -48,7 +50,17 @@ class StepSize:
                 factor = max(1 / (1 - κ), 0.25)
             elif κ > 0:
                 factor = 4.0 if κ > 0.75 else 1 / (1 - κ)
-        self.lr, self.last = min(1.0, max(SMALLEST, factor * lr)), moves
+        self._break_cycles(change_of(before, after) / lr)
+        self.lr, self.last = min(self.longest, max(SMALLEST, factor * lr)), moves
+
+    def _break_cycles(self, change: float) -> None:
+        """Halve the longest step where whole moves have not become smaller for long."""
+        self.steps, self.smallest = self.steps + 1, min(self.smallest, change)
+        if self.steps % PATIENCE:
+            return
+        if self.smallest > 0.5 * self.then:
+            self.longest = max(0.5 * self.longest, SMALLEST)
+        self.then, self.smallest = self.smallest, math.inf
 
 
 @torch.no_grad()

@@ -138,16 +138,23 @@ class FactoredBelief(Belief):
 
 
 def check_columns(kernels, x: Tensor) -> None:
-    """Raise where a kernel was made for inputs with other columns."""
+    """Raise where a kernel was made for inputs with other columns, or covers several outputs at once."""
     for k in kernels:
         try:
             variance(k, x[:1].detach())
             covariance(k, x[:1].detach(), x[:1].detach())
+            outputs = k.num_outputs_per_input(x[:1].detach(), x[:1].detach())
         except (RuntimeError, IndexError) as error:
             raise ValueError(
                 f"{describe(k)} cannot be evaluated at inputs with {x.shape[-1]} column(s) ({str(error).rstrip('.')}). Look at its ard_num_dims and "
                 f"active_dims, and at the shape of x, {tuple(x.shape)}."
             ) from error
+        if outputs != 1:
+            raise ValueError(
+                f"{describe(k)} covers {outputs} outputs, and these models take one kernel for each latent function: of a JacobianKernel pass "
+                f"[kernel.output(j) for j in range({outputs})] (means likewise), which leaves out what the outputs share before the data, or use "
+                "models.Network(net, structure=ggn.Gram), which does not."
+            )
 
 
 def covariance(kernel, a: Tensor, b: Tensor) -> Tensor:

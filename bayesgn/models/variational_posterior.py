@@ -60,6 +60,7 @@ class VariationalPosterior(WeightPosterior):
         super().__init__(linearizer, structure, likelihood, prior, rule)
         self.curvature, self.statistics, self.num_data, self.temperature = curvature, statistics, num_data, float(temperature)
         self.trace: Any = None
+        self._given = {name: p.detach().clone() for name, p in self.likelihood.named_parameters()}
         if narrowed is None:  # s H/T Σ = 1 − P Σ
             narrowed = ((len(self.point) - self._prior_spread()) / self.scale()).detach()
         self.narrowed = narrowed.to(self.point.device, self._wide)  # tr HΣ of the q that the statistics were taken under
@@ -70,6 +71,7 @@ class VariationalPosterior(WeightPosterior):
 
     def precision(self) -> Precision:
         """s H / T + P at the present hyper-parameters, with a graph to them."""
+        self._check_likelihood()
         return self.curvature.with_prior(self.prior.of(self.curvature.blocks), self.scale())
 
     def shift(self) -> None:
@@ -78,6 +80,18 @@ class VariationalPosterior(WeightPosterior):
 
     def spectrum(self) -> list[Spectrum] | None:
         return self.curvature.spectrum() if self.temperature == 1 else None
+
+    def _check_likelihood(self) -> None:
+        """Raise where a parameter of the likelihood moved that neither H nor the expected log likelihood follows."""
+        if self.rule.curvature.scale(self.likelihood).requires_grad:
+            return
+        for name, p in self.likelihood.named_parameters():
+            then = self._given[name]
+            if not torch.allclose(p.detach().to(then), then, rtol=1e-5, atol=1e-7):
+                raise ValueError(
+                    f"{type(self.likelihood).__name__}'s {name} is {p.tolist()} but q was fitted at {then.tolist()}, and does not follow it. Fit "
+                    "again: bgn.variational(posterior, likelihood, data=train_loader), with tune=True to tune it too."
+                )
 
     def hyperparameters(self) -> list[nn.Parameter]:
         """What the bound can tune over the same H: prior precision(s), and the noise where H scales with it."""

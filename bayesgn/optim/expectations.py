@@ -103,19 +103,28 @@ class Belief(NamedTuple):
         like = next(iter(self.own.values()))
         return self.structure.start(self.linearizer.blocks, like)
 
-    def sloped(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        """Loss and gradient [p] where the net stands, by one backward pass a batch."""
+    def sloped(self, pairs: Pairs, places: Iterable[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Loss and gradient [p] where the net stands, by one backward pass a batch; or their sums over other ``places`` [p]."""
         own, like = self.own, self.mean
         loss, gradient = like.new_zeros(()), None
-        with at_rest(self.net, own):
-            for x, y in pairs:
-                f = per_datum(self.likelihood.rows(call(self.net, self.linearizer.place(x))), _data.len_of(x))
-                y = _data.to(y, f.device)
-                self.likelihood.validate(f.detach(), y)
-                part = -self.likelihood.log_prob(f, y).sum()
-                found = torch.autograd.grad(part, list(own.values()), allow_unused=True)
-                g = flat(self.vector, own, found).to(like)
-                loss, gradient = loss + part.detach().to(like), g if gradient is None else gradient.add_(g)
+        stays = places is None
+        try:
+            with at_rest(self.net, own):
+                for s, θ in enumerate([self.mean] if places is None else places):
+                    if not stays:
+                        self._write(θ)
+                    for x, y in pairs:
+                        f = per_datum(self.likelihood.rows(call(self.net, self.linearizer.place(x))), _data.len_of(x))
+                        y = _data.to(y, f.device)
+                        if s == 0:
+                            self.likelihood.validate(f.detach(), y)
+                        part = -self.likelihood.log_prob(f, y).sum()
+                        found = torch.autograd.grad(part, list(own.values()), allow_unused=True)
+                        g = flat(self.vector, own, found).to(like)
+                        loss, gradient = loss + part.detach().to(like), g if gradient is None else gradient.add_(g)
+        finally:
+            if not stays:
+                self._write(self.mean)
         assert gradient is not None
         return loss, gradient
 
@@ -262,12 +271,9 @@ class Draws(_ByDraws):
         return Estimate(loss, gradient, curvature)  # type: ignore[arg-type]
 
     def slope(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
-        loss, gradient = belief.mean.new_zeros(()), torch.zeros_like(belief.mean)
-        for ε in belief.draws(self.n, self.antithetic, generator):
-            with belief.at(belief.mean + ε):
-                part, g = belief.sloped(pairs)
-            loss, gradient = loss + part / self.n, gradient + g / self.n
-        return Estimate(loss, gradient, None)
+        places = belief.mean + belief.draws(self.n, self.antithetic, generator)
+        loss, gradient = belief.sloped(pairs, places)
+        return Estimate(loss / self.n, gradient / self.n, None)
 
 
 class Linearized(Expectation):
@@ -290,6 +296,12 @@ class Linearized(Expectation):
 
     def __init__(self, cubature: Cubature | None = None) -> None:
         self.cubature = Variational(cubature=cubature).cubature  # (checked there)
+
+    def check(self, structure: Structure, curvature: Bending | None) -> None:
+        from bayesgn.ggn import Hessian
+
+        if isinstance(structure, Hessian):
+            raise TypeError("a linearised net has no second derivative, so structure=ggn.Hessian keeps nothing more; take ggn.Full, or optim.Draws().")
 
     def estimate(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
         rule = Variational(belief.bending, self.cubature)

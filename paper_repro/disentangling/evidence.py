@@ -317,6 +317,7 @@ def draw_architecture(found: dict[str, Architectures], path: Path) -> None:
         for key, values in a.evidence.items():
             ax.scatter(values.mean(0), a.map.mean(0), s=10 + 6 * np.log(a.weights), color=COLORS[key], alpha=0.7, lw=0)
         ax.set_title(name.replace("_", " "), fontsize=8)
+        ax.locator_params(axis="x", nbins=4)
         ax.set_xlim(left=min(a.evidence["Kron"].mean(0).min(), a.evidence["Full"].mean(0).min()) - 0.3)
     handles = [ax.scatter([], [], color=COLORS[k], label=k) for k in STRUCTURES]
     figure.legend(handles, list(STRUCTURES), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
@@ -346,11 +347,11 @@ def draw_training(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     plt.close(figure)
 
 
-def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float]]) -> None:
+def _table(title: str, columns: Sequence[str], rows: Mapping[str, Sequence[float]], mean: bool = True) -> None:
     print(f"\n{title}\n\n| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, values in rows.items():
         print(f"| {name.replace('_', ' ')} | {' | '.join(f'{v:.2f}' for v in values)} |")
-    if len(rows) > 1:
+    if mean and len(rows) > 1:
         print(f"| mean | {' | '.join(f'{v:.2f}' for v in np.mean(list(rows.values()), 0))} |", flush=True)
 
 
@@ -378,7 +379,7 @@ def report_precision(found: dict[str, Curves]) -> dict[str, float]:
     chosen = {n: [*(float(np.exp(np.log(c.precision[c.evidence[k].argmax(1)]).mean())) for k in STRUCTURES),
                   float(np.exp(np.log(c.precision[c.validation.argmin(1)]).mean())),
                   float(np.exp(np.log(c.precision[c.map.argmin(1)]).mean()))] for n, c in found.items()}  # fmt: skip
-    _table("Prior precision that is chosen (geometric mean), and the best by test data", [*STRUCTURES, "validation", "test"], chosen)
+    _table("Prior precision that is chosen (geometric mean), and the best by test data", [*STRUCTURES, "validation", "test"], chosen, mean=False)
     for i, key in enumerate((*STRUCTURES, "validation")):
         numbers[f"evidence_precision_regret_{key.lower()}"] = float(np.mean([v[i] for v in lost.values()]))
         numbers[f"evidence_precision_worst_regret_{key.lower()}"] = float(np.max([v[i] for v in lost.values()]))

@@ -230,3 +230,16 @@ def test_variational_gauss_newton_on_the_motorcycle_data():
         assert found[f"P 1: {name}: energy"] < found[f"P 1: {name}: energy at Laplace"] - 0.5
         assert found[f"P 1: {name}: NLPD"] < found["P 1: MAP: NLPD"]
     assert found["P 1: VI, heuristic PSD: energy"] < found["P 1: VI, Gauss-Newton: energy"]
+
+
+def test_a_cycle_of_several_steps_is_broken():
+    # Whole steps on these counts come round every four, none of which undoes the one before; short steps settle at once.
+    net, x = mlp(1, hidden=8, seed=1), 2 * inputs(16)
+    f = net(x).detach()[:, 0] + 0.3 * x[:, 1]
+    data = x, (2 * f).exp().round()
+    prior = models.WeightPrior.per_layer(net, torch.tensor([0.5, 2.0], dtype=torch.float64))
+    model = models.Network(net, prior, ggn.Full)
+    found = bgn.bayes_newton(model, likelihoods.Poisson(), data, rule=rules.Variational(), tol=1e-9, steps=300, progress=False)
+    slow = bgn.bayes_newton(model, likelihoods.Poisson(), data, rule=rules.Variational(), lr=0.1, tol=1e-9, steps=400, progress=False)
+    assert found.trace.converged and found.trace.steps > 40
+    assert found.trace.energy[-1] == pytest.approx(slow.trace.energy[-1], abs=1e-6)

@@ -389,11 +389,10 @@ BLENDED = [ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, ggn.LowRank(rank=10), gg
 @pytest.mark.parametrize("curvature", [rules.GaussNewton(), rules.EmpiricalFisher()], ids=repr)
 def test_warm_starts_begin_at_the_belief_they_are_given(structure, curvature):
     """The first bound is that of the given q, whatever units its H is kept in."""
-    net, x, y = regression(n=30)
+    net, x, y = regression(n=12)
     likelihood = likelihoods.Gaussian(0.2)
     model = models.Network(net, models.WeightPrior(0.9), structure)
     laplace = bgn.laplace(model, likelihood, (x, y), rule=rules.Laplace(curvature), progress=False)
-    start = optim.Variational(models.Network.of(laplace), laplace.likelihood, 30, expectation=optim.Draws(1))
     precision = laplace.precision()
     seen = []
 
@@ -402,12 +401,12 @@ def test_warm_starts_begin_at_the_belief_they_are_given(structure, curvature):
             seen.append((belief.mean, belief.precision.diagonal()))
             return super().estimate(belief, pairs, generator)
 
-    posterior = bgn.variational(laplace, data=(x, y), epochs=3, expectation=Spy(), progress=False)
+    posterior = bgn.variational(laplace, data=(x, y), epochs=1, expectation=Spy(), progress=False)
     torch.testing.assert_close(seen[0][0], laplace.mean)
     torch.testing.assert_close(seen[0][1], precision.diagonal().detach(), rtol=1e-6, atol=1e-9)
-    assert float(posterior.prior.precision.detach()) == pytest.approx(0.9) and start.num_data == 30
+    assert float(posterior.prior.precision.detach()) == pytest.approx(0.9)
     seen.clear()
-    again = bgn.variational(posterior, data=(x, y), epochs=3, expectation=Spy(), progress=False)
+    again = bgn.variational(posterior, data=(x, y), epochs=1, expectation=Spy(), progress=False)
     torch.testing.assert_close(seen[0][0], posterior.mean)
     torch.testing.assert_close(seen[0][1], posterior.weight_variance(), rtol=1e-6, atol=1e-9)
     assert again.trace.elbo[-1] >= posterior.trace.elbo[-1] - 1e-6

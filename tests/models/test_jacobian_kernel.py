@@ -448,6 +448,9 @@ def test_what_cannot_be_right_is_refused():
     for ask in (lambda: kernel.output(3)(x).to_dense(), lambda: mean.output(3)(x)):
         with pytest.raises(ValueError, match="the net has 3"):
             ask()
+    for model in (models.GP(kernel, mean), models.SparseGP(kernel, x[:2], mean)):
+        with pytest.raises(ValueError, match="covers 3 outputs"):
+            bgn.bayes_newton(model, likelihoods.Gaussian(0.1), (x, x[:, 0]))
     with pytest.raises(ValueError, match="input_shape"):
         JacobianKernel(models.Network(pooled()))(x).to_dense()
     with pytest.raises(ValueError, match="non-finite"):

@@ -118,6 +118,22 @@ def test_maximize_evidence_climbs_the_bound_that_log_evidence_tells():
             assert max(float(g.abs().max()) for g in slopes) < 1e-2
 
 
+def test_a_likelihood_that_q_does_not_follow_is_noticed(tmp_path):
+    q = Problem("gaussian")
+    opt = optim.Variational(q.model(ggn.Full), likelihoods.StudentT(dof=4.0, scale=1.0), 8, generator=gen())
+    opt.step(q.x, q.y)
+    posterior = opt.posterior((q.x, q.y))
+    posterior.log_evidence()
+    other = bgn.load(posterior.save(tmp_path / "q"), copy.deepcopy(q.net))
+    for p in (posterior, other):
+        with torch.no_grad():
+            next(p.likelihood.parameters()).add_(0.5)
+        with pytest.raises(ValueError, match="Fit again"):
+            p.log_evidence()
+        with pytest.raises(ValueError, match="Fit again"):
+            p(q.x)
+
+
 def test_maximize_evidence_with_data_is_refused():
     q = Problem("gaussian")
     model = models.Network(copy.deepcopy(q.net), structure=ggn.Full)

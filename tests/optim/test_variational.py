@@ -275,6 +275,18 @@ def test_between_renewals_the_precision_stands_still(expectation):
     assert not torch.equal(seen[2], seen[3])
 
 
+def test_a_rarer_renewal_moves_the_curvature_as_far():
+    """Every k-th step H moves by 1 − (1 − ρ)^k."""
+    q = Problem("gaussian")
+    opt = optim.Variational(q.model(ggn.Full), q.likelihood, 8, expectation=optim.AtMean(), lr=0.3, precision_lr=0.2, every=3)
+    dense = Dense(q, ggn.Full(), q.gauss_newton, 8, torch.full((q.p,), 0.7, dtype=D), 0.0, lr=0.3, ρ=1 - 0.8**3)
+    dense.H = dense.H_of(dense.m, q.x, q.y)
+    for t in range(5):
+        opt.step(q.x, q.y)
+        dense.step(q.x, q.y, torch.zeros(1, q.p, dtype=D), renew=t % 3 == 0)
+        same_q(opt, dense)
+
+
 def test_the_slope_alone_is_the_same_slope():
     q = Problem("categorical")
     for expectation in (optim.AtMean(), optim.Draws(3)):
@@ -729,6 +741,16 @@ def test_reparameterized_takes_diag_alone():
     q = Problem("categorical")
     with pytest.raises(TypeError, match="ggn.Diag"):
         optim.Variational(q.model(ggn.Full), q.likelihood, 8, expectation=optim.Reparameterized())
+
+
+def test_what_an_expectation_cannot_serve_is_refused_before_any_step():
+    q = Problem("categorical")
+    with pytest.raises(TypeError, match="optim.Draws"):
+        optim.Variational(q.model(ggn.Hessian), q.likelihood, 8, rules.Exact(), optim.Linearized())
+    for curvature in (rules.QuasiNewton(), rules.Riemann()):
+        opt = optim.Variational(q.model(ggn.Full), q.likelihood, 8, curvature)
+        with pytest.raises(TypeError, match=r"turn.*bgn\.bayes_newton"):
+            opt.step(q.x, q.y)
 
 
 def test_before_the_first_step_there_is_no_belief():
