@@ -130,7 +130,9 @@ def pyro_guide(p: Problem, seed: int, lr: float, steps: int, guide: str) -> Call
     pyro.clear_param_store()
     start = torch.cat([t.detach().reshape(-1) for t in p.net(seed).parameters()])
     pyro.set_rng_seed(seed)
-    likelihood = (lambda f: pyro.distributions.Normal(f[:, 0], math.sqrt(NOISE))) if p.regression else (lambda f: pyro.distributions.Categorical(logits=f))
+
+    def likelihood(f: Tensor) -> Any:
+        return pyro.distributions.Normal(f[:, 0], math.sqrt(NOISE)) if p.regression else pyro.distributions.Categorical(logits=f)
 
     def model() -> None:
         w = pyro.sample("w", pyro.distributions.Normal(torch.zeros_like(start), PRIOR**-0.5).to_event(1))
@@ -181,16 +183,17 @@ def ours(p: Problem, seed: int, o: Ours) -> Callable[[], dict[str, float]]:
         optimizer.step()
     stein = o.curvature == "Stein"
     structure = ggn.LowRankPlusDiagonal(rank=o.rank) if o.structure == "LowRankPlusDiagonal" else getattr(ggn, o.structure)
+    model = models.Network(net, prior=models.WeightPrior(PRIOR), structure=structure)
     q = bgn.variational(
-        models.Network(net, prior=models.WeightPrior(PRIOR), structure=structure), likelihoods.Gaussian(NOISE) if p.regression else likelihoods.Categorical(),
-        (p.x, p.y), epochs=o.epochs, batch_size=len(p.x), lr=o.lr, precision_lr=o.precision_lr, every=o.every, momentum=o.momentum, draws=100, progress=False,
-        curvature=None if stein else getattr(rules, o.curvature)(), expectation=optim.Reparameterized(o.draws) if stein else optim.Draws(o.draws),
-        scheduler=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, o.epochs, eta_min=0.02 * o.lr), generator=torch.Generator().manual_seed(seed),
+        model, likelihoods.Gaussian(NOISE) if p.regression else likelihoods.Categorical(), (p.x, p.y), batch_size=len(p.x), draws=100,
+        expectation=optim.Reparameterized(o.draws) if stein else optim.Draws(o.draws), curvature=None if stein else getattr(rules, o.curvature)(),
+        epochs=o.epochs, lr=o.lr, precision_lr=o.precision_lr, every=o.every, momentum=o.momentum, generator=torch.Generator().manual_seed(seed),
+        scheduler=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, o.epochs, eta_min=0.02 * o.lr), progress=False,
     )  # fmt: skip
 
     def judge() -> dict[str, float]:
         θ = q.sample_weights(DRAWS, torch.Generator().manual_seed(99))
-        return p.judged(θ, float(q.log_likelihood() - q.log_evidence()))
+        return p.judged(θ, float((q.log_likelihood() - q.log_evidence()).detach()))
 
     return judge
 
@@ -269,9 +272,8 @@ def step(o: dict[str, Any]) -> dict[str, Any]:
     y, N = torch.randint(10, (o["rows"],), generator=g), 60_000
     plain, own, theirs = net(), net().eval(), net()
     adam = torch.optim.Adam(plain.parameters())
-    opt = optim.Variational(
-        models.Network(own, structure=ggn.Diag), likelihoods.Categorical(), N, expectation=optim.Reparameterized(1), lr=0.1, precision_lr=1e-4, momentum=0.9
-    )
+    model = models.Network(own, structure=ggn.Diag)
+    opt = optim.Variational(model, likelihoods.Categorical(), N, expectation=optim.Reparameterized(1), lr=0.1, precision_lr=1e-4, momentum=0.9)
 
     def ordinary() -> None:
         adam.zero_grad()

@@ -78,7 +78,7 @@ print(laplace, refined.trace, sep="\n")
 # %% [markdown]
 # ## Two references
 #
-# `start=laplace` lets the chains begin at draws of it and run in coordinates in which it is round: fewer evaluations, the same answer. A
+# `start=laplace` lets the chains begin at draws of it and run in coordinates in which it is round, with the same answer. A
 # linearised posterior brings likelihood, data and coordinates of its own.
 
 # %%

@@ -110,8 +110,8 @@ def maximize_evidence(
         tol: stop when no log hyper-parameter moves by more.
         bounds: of every prior precision; a warning says when one is hit.
         noise_bounds: of the noise.
-        data: the training data again (for posteriors of ``bgn.laplace``), to tune also what H does not scale with (noise of each output, degrees of freedom …): H is
-            refitted in between. Without, such parameters stay as they are, and a warning says so.
+        data: the training data again (for posteriors of ``bgn.laplace``), to tune also what H does not scale with (noise of each output,
+            degrees of freedom …): H is refitted in between. Without, such parameters stay as they are, and a warning says so.
         progress: a progress bar: ``None`` shows one for work beyond two seconds, ``False`` never.
         optimizer: of a Gaussian process: another optimizer, as a function of the free parameters (as they are stored, gpytorch's raw ones) that
             gives it, ``lambda p: torch.optim.Adam(p, lr=0.1)``, or a pair of it and its scheduler. One turn of the rule goes before every

@@ -301,7 +301,7 @@ class Linearized(Expectation):
         from bayesgn.ggn import Hessian
 
         if isinstance(structure, Hessian):
-            raise TypeError("a linearised net has no second derivative, so structure=ggn.Hessian keeps nothing more; take ggn.Full, or optim.Draws().")
+            raise TypeError("a linearised net has no second derivative for structure=ggn.Hessian to keep; take ggn.Full, or optim.Draws().")
 
     def estimate(self, belief: Belief, pairs: Pairs, generator: torch.Generator | None) -> Estimate:
         rule = Variational(belief.bending, self.cubature)

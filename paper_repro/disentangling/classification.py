@@ -95,7 +95,7 @@ class Study:
             self.note_glm(δ, f"GLM {name}", found[name])
         return found
 
-    def further(self, δ: float, posteriors: dict[str, Any], steps: int, epochs: int) -> None:
+    def further(self, δ: float, posteriors: dict[str, Any], steps: int, vi_steps: int) -> None:
         """Function space, refinement, variational inference of the net."""
         x, y = self.split.train
         net = posteriors["full"].net
@@ -112,7 +112,7 @@ class Study:
             g = torch.Generator().manual_seed(2000 + self.seed)
             model = models.Network(net, models.WeightPrior.per_layer(net, δ), STRUCTURES[name])
             with common.quietly():
-                vi = bgn.variational(model, self.likelihood, (x, y), epochs=epochs, batch_size=len(x), generator=g, progress=False)
+                vi = bgn.variational(model, self.likelihood, (x, y), epochs=-(-64 * vi_steps // len(x)), batch_size=64, generator=g, progress=False)
             self.note_bnn(δ, f"VI {name}, BNN", vi)
             self.note_glm(δ, f"VI {name}, GLM", vi)
 
@@ -137,7 +137,7 @@ def function_space(name: str = "glass", δ: float = 1.0) -> float:
 # -- many splits -------------------------------------------------------------------------------------------------------
 
 
-def study(names: Iterable[str], seeds: Iterable[int], grid: Iterable[float], steps: int, epochs: int) -> tuple[list[Record], dict[str, float]]:
+def study(names: Iterable[str], seeds: Iterable[int], grid: Iterable[float], steps: int, vi_steps: int) -> tuple[list[Record], dict[str, float]]:
     """All records, and what refinement did to the bound."""
     records: list[Record] = []
     gain, drop = [], 0.0
@@ -152,7 +152,7 @@ def study(names: Iterable[str], seeds: Iterable[int], grid: Iterable[float], ste
             for δ in grid:
                 posteriors = one.at(δ)
                 if δ == 1.0:
-                    one.further(δ, posteriors, steps, epochs)
+                    one.further(δ, posteriors, steps, vi_steps)
             records += one.records
             gain += one.gain
             drop = max(drop, one.drop)
@@ -249,9 +249,9 @@ def draw_grid(records: list[Record], names: Iterable[str], path: Path) -> None:
 def run(quick: bool, figures: Path) -> dict[str, float]:
     """Tables of NLL, accuracy and calibration error, and on how many sets one method beats another."""
     if quick:
-        records, bound = study(("glass", "breast_cancer"), (0,), (0.1, 1.0, 10.0), steps=5, epochs=50)
+        records, bound = study(("glass", "breast_cancer"), (0,), (0.1, 1.0, 10.0), steps=5, vi_steps=100)
     else:
-        records, bound = study(SETS, range(5), GRID, steps=6, epochs=100)
+        records, bound = study(SETS, range(5), GRID, steps=6, vi_steps=200)
     numbers = {f"classification_{k}": v for k, v in bound.items()}
     numbers["classification_function_space_difference"] = function_space()
     at_one = [r for r in records if r.δ == 1.0]

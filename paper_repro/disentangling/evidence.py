@@ -306,7 +306,7 @@ def draw_precision(found: dict[str, Curves], path: Path) -> None:
     figure.legend(axes[0].get_lines()[::2], labels, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
     figure.supxlabel("prior precision", fontsize=8)
     figure.supylabel("nats per datum", fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=66)
     plt.close(figure)
 
 
@@ -323,7 +323,7 @@ def draw_architecture(found: dict[str, Architectures], path: Path) -> None:
     figure.legend(handles, list(STRUCTURES), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.supxlabel("log evidence / N", fontsize=8)
     figure.supylabel("test NLL of MAP", fontsize=8)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=66)
     plt.close(figure)
 
 
@@ -343,7 +343,7 @@ def draw_training(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
     ax.set_ylabel("test NLL less validation's / nats", fontsize=8)
     ax.legend(frameon=False, fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=66)
     plt.close(figure)
 
 

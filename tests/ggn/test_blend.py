@@ -8,7 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayesgn.ggn import Curvature, Diag, EigenKron, Full, Gram, Hessian, Kron, Layerwise, LowRank, LowRankPlusDiagonal, MatrixFree, Structure
+from bayesgn.ggn import (
+    Curvature,
+    Diag,
+    EigenKron,
+    Full,
+    Gram,
+    Hessian,
+    Kron,
+    Layerwise,
+    LowRank,
+    LowRankPlusDiagonal,
+    MatrixFree,
+    Structure,
+)
 from tests.ggn.problem import Problem, conv, mlp
 from tests.ggn.test_structures import block_diagonal, layers
 from tests.oracles import dense

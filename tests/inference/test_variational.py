@@ -53,7 +53,7 @@ P_EACH = torch.tensor([0.3, 1.0, 2.0, 5.0], dtype=D)
 
 @pytest.mark.parametrize("structure", [ggn.Full, ggn.Layerwise, ggn.LowRank(rank=30), ggn.LowRankPlusDiagonal(rank=30), ggn.Kron], ids=str)
 @pytest.mark.parametrize("prior", ["scalar", "layer", "weight", "mean"])
-@pytest.mark.parametrize("T", [1.0, 0.4, 3.0])
+@pytest.mark.parametrize("T", [1.0, 0.4])
 def test_a_conjugate_model_is_solved_exactly(structure, prior, T):
     """q ∝ (likelihood)^{1/T} · prior maximises E log p − T KL; at T = 1 the bound is the log evidence."""
     if structure is ggn.Kron and prior == "weight":
@@ -71,7 +71,7 @@ def test_a_conjugate_model_is_solved_exactly(structure, prior, T):
     Φ = design(x)
     Λ = Φ.mT @ Φ / (noise * T) + torch.diag(P)
     m, Σ = torch.linalg.solve(Λ, Φ.mT @ y[:, 0] / (noise * T) + P * μ), torch.linalg.inv(Λ)
-    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)  # noqa: E731
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     close(posterior.mean, m)
     close(posterior.weight_variance(), Σ.diagonal())
     new = draw(7, 3, seed=9)
@@ -136,7 +136,7 @@ def test_the_bound_is_below_the_evidence_and_is_its_own_quadrature(family, struc
     x, y = two_weights(family)
     target = y[:, None] if family == "student-t" else y
     posterior = fit(linear(1), LIKELIHOODS[family], (x, target), structure, models.WeightPrior(0.8), epochs=200, expectation=LINEARIZED)
-    t = torch.linspace(-8, 8, 801, dtype=D)
+    t = torch.linspace(-7, 7, 281, dtype=D)
     θ = torch.cartesian_prod(t, t)
     f = θ @ design(x).mT
     joint = log_likelihoods(family, f, y).sum(-1) - 0.4 * θ.square().sum(-1) + math.log(0.8 / (2 * math.pi))
@@ -156,8 +156,8 @@ def test_the_bound_is_below_the_evidence_and_is_its_own_quadrature(family, struc
     model = models.Network.of(posterior)
     opt = optim.Variational(model, LIKELIHOODS[family], len(x), expectation=optim.Draws(1))
     opt.start(posterior.curvature)
-    by_draws = torch.stack([opt.elbo((x, target), 40, gen(s)) for s in range(12)])
-    assert abs(by_draws.mean() - bound) < 5 * by_draws.std() / 12**0.5 + 1e-3
+    by_draws = torch.stack([opt.elbo((x, target), 20, gen(s)) for s in range(10)])
+    assert abs(by_draws.mean() - bound) < 5 * by_draws.std() / 10**0.5 + 1e-3
 
 
 @pytest.mark.parametrize("structure", [ggn.Full, ggn.Diag], ids=["Full", "Diag"])
@@ -186,7 +186,7 @@ def test_its_slope_in_hyperparameters_is_that_of_the_best_bound(family, structur
 SEARCHED = [ggn.Full(), ggn.Layerwise(), ggn.Kron(), ggn.Diag(), ggn.LowRankPlusDiagonal(rank=3)]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**4), which=st.integers(0, len(SEARCHED) - 1), log_P=st.floats(-2, 2),
        family=st.sampled_from(["bernoulli", "categorical", "poisson", "gaussian", "student-t"]), T=st.sampled_from([1.0, 0.5]))  # fmt: skip
 def test_the_search_never_lowers_the_bound(seed, which, log_P, family, T):
@@ -247,6 +247,7 @@ def test_diag_reaches_the_mean_field_optimum(P):
     torch.testing.assert_close(posterior.weight_variance(), v, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expectation", [optim.Draws(4), optim.Reparameterized(4)], ids=repr)
 def test_steps_by_draws_come_near_the_optimum(expectation):
     x, y = logistic()
@@ -290,12 +291,12 @@ def test_a1a_with_a_wide_prior_is_searched_to_the_end(structure):
 # -- tuning ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("structure", [ggn.Full, ggn.Diag, ggn.Kron], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("structure", [ggn.Full, ggn.Diag], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("likelihood", [likelihoods.Gaussian(1.5), likelihoods.StudentT(dof=4.0, scale=2.0)], ids=["gaussian", "student-t"])
 def test_tuning_raises_the_bound(structure, likelihood):
     net, x, y = regression(c=1)
     prior = models.WeightPrior.per_layer(net, 5.0)
-    options = {"epochs": 15, "expectation": LINEARIZED}
+    options = {"epochs": 8, "expectation": LINEARIZED}
     plain = fit(net, likelihood, (x, y), structure, prior, **options)
     tuned = fit(net, likelihood, (x, y), structure, prior, tune=True, **options)
     assert float(tuned.log_evidence()) > float(plain.log_evidence()) + 1.0
@@ -306,6 +307,7 @@ def test_tuning_raises_the_bound(structure, likelihood):
     assert float(tuned.log_evidence()) == pytest.approx(tuned.trace.elbo[-1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_tuning_finds_the_evidence_optimum_of_a_conjugate_model():
     net, x = linear(), draw(40, 3)
     y = x @ draw(3, 1, seed=1) + 0.5 * draw(40, 1, seed=2)
@@ -532,7 +534,8 @@ def test_an_interrupt_returns_what_there_is(steady, at, late):
     net, x, y = classification(n=30)
     before = snapshot(net)
     with pytest.warns(UserWarning, match=r"interrupted.*goes on"):
-        posterior = fit(net, likelihoods.Categorical(), (x, y), epochs=20, batch_size=None if steady else 15, expectation=Interrupting(at, steady, late))
+        expectation = Interrupting(at, steady, late)
+        posterior = fit(net, likelihoods.Categorical(), (x, y), epochs=20, batch_size=None if steady else 15, expectation=expectation)
     assert posterior.trace.reason == "interrupted" and not posterior.trace.converged
     assert_same(before, snapshot(net))
     assert posterior(x).mean.shape == (30, 3) and math.isfinite(float(posterior.log_evidence()))
@@ -611,7 +614,8 @@ def test_schedulers_and_traces():
 
 
 def test_the_temperature_goes_to_the_map_and_to_the_prior():
-    net, x, y = classification(n=30)
+    _, x, y = classification(n=30)
+    net = linear(2, 3)
     cold, warm, hot = (
         fit(net, likelihoods.Categorical(), (x, y), prior=models.WeightPrior(1.0), epochs=6, expectation=LINEARIZED, temperature=T)
         for T in (0.1, 1.0, 1e4)

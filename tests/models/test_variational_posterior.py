@@ -145,13 +145,13 @@ def test_maximize_evidence_with_data_is_refused():
 
 
 def test_compare_tune_and_mixture_work():
-    q = Problem("categorical", n=40)
-    _, a = fitted(q, ggn.Full(), steps=5)
-    _, b = fitted(q, ggn.Diag(), steps=5)
+    q = Problem("categorical", n=20)
+    _, a = fitted(q, ggn.Full())
+    _, b = fitted(q, ggn.Diag())
     x, y = draw(30, 2, seed=5), draw(30, 3, seed=6).argmax(-1)
     table = bgn.compare(a, (x, y), samples=8, warn=False)
     assert "posterior" in table.rows and len(table.rows) >= 3
-    record = bgn.tune(a, (x, y), progress=False)
+    record = bgn.tune(a, (x, y), points=5, progress=False)
     assert record.score <= record.map_score + 0.01 and float(a.prior.precision.detach()) == pytest.approx(record.precision)
     both = bgn.mixture([a, b])
     torch.testing.assert_close(both(x).probs.sum(-1), torch.ones(30, dtype=D))

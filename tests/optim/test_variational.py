@@ -64,7 +64,7 @@ class Problem:
         noise = draw(n, c, seed=seed + 1)
         y = {"bernoulli": (noise[:, 0] > 0).double(), "categorical": noise.argmax(-1), "gaussian": noise}
         self.y = y[family]
-        self.own = {k: p for k, p in self.net.named_parameters()}
+        self.own = dict(self.net.named_parameters())
         self.p = sum(p.numel() for p in self.own.values())
 
     @property
@@ -344,10 +344,10 @@ def test_reparameterized_curvature_is_unbiased_on_a_quadratic_loss():
     opt = optim.Variational(q.model(ggn.Diag), q.likelihood, len(q.x), expectation=optim.Reparameterized(10, initial=1.0))
     opt.begin((q.x, q.y))
     generator, exact = gen(), torch.func.hessian(q.loss)(q.θ, q.x, q.y).diagonal()
-    found = [opt.expectation.estimate(opt._belief(), [(q.x, q.y)], generator) for _ in range(60)]
+    found = [opt.expectation.estimate(opt._belief(), [(q.x, q.y)], generator) for _ in range(40)]
     guesses = torch.stack([e.diagonal for e in found])
     error = guesses.std(0) / math.sqrt(len(guesses))
-    assert bool((error < 0.2 * exact).all()) and bool(((guesses.mean(0) - exact).abs() < 4.5 * error).all())
+    assert bool((error < 0.25 * exact).all()) and bool(((guesses.mean(0) - exact).abs() < 4.5 * error).all())
     for e in found[:3]:  # mirrored draws: the slope is exact for a quadratic
         torch.testing.assert_close(e.gradient, q.gradient(q.θ, q.x, q.y))
 
