@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -124,24 +125,26 @@ def ivon_opt(p: Problem, seed: int, lr: float, steps: int) -> Callable[[], dict[
 
 def pyro_guide(p: Problem, seed: int, lr: float, steps: int, guide: str) -> Callable[[], dict[str, float]]:
     import pyro
+    from pyro import distributions as dist
     from pyro.infer import SVI, Trace_ELBO
     from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoMultivariateNormal, AutoNormal, init_to_value
+    from pyro.optim import CosineAnnealingLR  # type: ignore[attr-defined]
 
     pyro.clear_param_store()
     start = torch.cat([t.detach().reshape(-1) for t in p.net(seed).parameters()])
     pyro.set_rng_seed(seed)
 
     def likelihood(f: Tensor) -> Any:
-        return pyro.distributions.Normal(f[:, 0], math.sqrt(NOISE)) if p.regression else pyro.distributions.Categorical(logits=f)
+        return dist.Normal(f[:, 0], math.sqrt(NOISE)) if p.regression else dist.Categorical(logits=f)
 
     def model() -> None:
-        w = pyro.sample("w", pyro.distributions.Normal(torch.zeros_like(start), PRIOR**-0.5).to_event(1))
+        w = pyro.sample("w", dist.Normal(torch.zeros_like(start), PRIOR**-0.5).to_event(1))
         with pyro.plate("data", len(p.x)):
             pyro.sample("y", likelihood(p.outputs_at(w[None], p.x)[0]), obs=p.y[:, 0] if p.regression else p.y)
 
     kind = {"normal": AutoNormal, "full": AutoMultivariateNormal, "low rank": AutoLowRankMultivariateNormal}[guide]
     q = kind(model, init_loc_fn=init_to_value(values={"w": start}), init_scale=0.02, **({"rank": 20} if guide == "low rank" else {}))  # type: ignore[operator]
-    optimizer = pyro.optim.CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "T_max": steps})
+    optimizer = CosineAnnealingLR({"optimizer": torch.optim.Adam, "optim_args": {"lr": lr}, "T_max": steps})
     svi = SVI(model, q, optimizer, Trace_ELBO())
     for _ in range(steps):
         svi.step()
@@ -161,10 +164,10 @@ class Ours(NamedTuple):
 
     structure: str
     curvature: str = "MonteCarloFisher"
-    epochs: int = 240
-    lr: float = 0.15
+    epochs: int = 300
+    lr: float = 0.1
     draws: int = 4
-    every: int = 4
+    every: int = 5
     momentum: float = 0.9
     rank: int = 20
     precision_lr: float | None = None
@@ -188,7 +191,7 @@ def ours(p: Problem, seed: int, o: Ours) -> Callable[[], dict[str, float]]:
         model, likelihoods.Gaussian(NOISE) if p.regression else likelihoods.Categorical(), (p.x, p.y), batch_size=len(p.x), draws=100,
         expectation=optim.Reparameterized(o.draws) if stein else optim.Draws(o.draws), curvature=None if stein else getattr(rules, o.curvature)(),
         epochs=o.epochs, lr=o.lr, precision_lr=o.precision_lr, every=o.every, momentum=o.momentum, generator=torch.Generator().manual_seed(seed),
-        scheduler=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, o.epochs, eta_min=0.02 * o.lr), progress=False,
+        scheduler=lambda opt: torch.optim.lr_scheduler.CosineAnnealingLR(opt, o.epochs, eta_min=0.05 * o.lr), progress=False,
     )  # fmt: skip
 
     def judge() -> dict[str, float]:
@@ -209,7 +212,7 @@ OURS = {
 }
 PEERS: dict[str, tuple[Callable[..., Callable[[], dict[str, float]]], tuple[float, ...], dict[str, Any]]] = {
     "Bayes-by-backprop, mean field": (bayes_by_backprop, (3e-3, 1e-2, 3e-2), {}),
-    "ivon-opt": (ivon_opt, (0.03, 0.1, 0.3), {}),
+    "ivon-opt": (ivon_opt, (0.03, 0.3, 0.1), {}),
     "Pyro AutoNormal": (pyro_guide, (1e-2, 3e-2), {"guide": "normal"}),
     "Pyro AutoLowRankMVN, rank 20": (pyro_guide, (1e-2, 3e-2), {"guide": "low rank"}),
     "Pyro AutoMultivariateNormal": (pyro_guide, (3e-3, 1e-2), {"guide": "full"}),
@@ -230,6 +233,7 @@ def bounds(o: dict[str, Any]) -> dict[str, Any]:
         for name, choices in contestants.items():
             if o["few"] and seed and name not in o["few"]:
                 continue
+            print(f"    {o['set']}, seed {seed}: {name}", file=sys.stderr, flush=True)
             runs = [r for r in (_run(make, seed) for make in choices) if r is not None]
             if not runs:
                 continue

@@ -6,8 +6,8 @@
 #
 #     ELBO = E_q log p(y|θ) − KL(q ‖ prior)  ≤  log p(y)
 #
-# is as high as it can be. Here both run over the same Gauss-Newton matrix, on the breast cancer data of scikit-learn, and we ask what each is good for:
-# draws of the *net* (weight space) and the *linearised net* (function space).
+# is as high as it can be. Here both run over the same Gauss-Newton matrix, on the breast cancer data of scikit-learn, and we ask what each is
+# good for: draws of the *net* (weight space) and the *linearised net* (function space).
 
 # %%
 import time
@@ -45,8 +45,9 @@ laplace = bgn.laplace(model, likelihood, (x_train, y_train))
 
 
 # %% [markdown]
-# Then VOGGN: the Gauss-Newton matrix and the gradient at draws of the weights, averaged over steps. It begins at the trained weights; the net itself is
-# not touched, the posterior holds a copy of it at the variational mean. A cosine schedule takes the step to zero, as noise has to be averaged out.
+# Then VOGGN: the Gauss-Newton matrix and the gradient at draws of the weights, averaged over steps. It begins at the trained weights; the net itself
+# is not touched, the posterior holds a copy of it at the variational mean. The step falls to zero by half a cosine, as noise has to be averaged out.
+
 
 # %%
 def voggn(structure, **options):
@@ -98,8 +99,8 @@ for name, nll in scores.items():
     print(f"{name:32s} NLL {nll:.3f}")
 
 # %% [markdown]
-# What to take from it: draws of the net need a q that was fitted to draws of the net, and variational inference gives one. The linearised net needs none:
-# under Laplace's q it predicts as well as any here. Variational training pays where draws, or the bound itself, are what is wanted.
+# What to take from it: draws of the net need a q that was fitted to draws of the net, and variational inference gives one. The linearised net
+# needs none: under Laplace's q it predicts as well as any here. Variational training pays where draws, or the bound itself, are what is wanted.
 
 # %%
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
@@ -137,8 +138,8 @@ from_scratch = opt.posterior(loader)
 print(from_scratch, f"ELBO {float(from_scratch.log_evidence().detach()):.1f}")
 
 # %% [markdown]
-# **A net that is linear in its weights needs no draws.** `optim.Linearized()` takes expectations by quadrature over the functions, every step is tried before it
-# is taken, and the bound never falls. Logistic regression settles in some ten steps.
+# **A net that is linear in its weights needs no draws.** `optim.Linearized()` takes expectations by quadrature over the functions, every step is
+# tried before it is taken, and the bound never falls. Logistic regression settles in some ten steps.
 
 # %%
 linear = models.Network(torch.nn.Linear(10, 1).double().eval(), structure=ggn.Full)

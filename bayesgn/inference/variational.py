@@ -69,7 +69,7 @@ def variational(
     precision_lr: float | None = None,
     momentum: float = 0.0,
     damping: float = 0.0,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     tune: bool = False,
     burn_in: int = 0,
     every: int = 1,
@@ -99,7 +99,8 @@ def variational(
         likelihood: p(y|f); the posterior's own where one is given.
         data: training data, ``(x, y)``, a Dataset or a DataLoader.
         epochs: walks over the data at most.
-        curvature, expectation, precision_lr, momentum, damping, temperature, every: of the steps, see :class:`bayesgn.optim.Variational`.
+        curvature, expectation, precision_lr, momentum, damping, every: of the steps, see :class:`bayesgn.optim.Variational`.
+        temperature: T; that of the posterior which is gone on from, 1 otherwise, unless given.
         lr: of the mean (and of H, unless ``precision_lr``), in (0, 1]; constant unless ``scheduler`` is given.
         tune: raise the bound also in prior precision(s) and the likelihood's parameters, after each epoch beyond ``burn_in``.
         batch_size: of a pair of tensors; 64, or all data where the expectation needs no draws, unless given.

@@ -193,11 +193,6 @@ class Expectation(ABC):
     def views(self, belief: Belief, pairs: Pairs, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         """E_q log p of some batches, as it is reported and as the likelihood is tuned by; of ``draws`` draws where it draws."""
 
-    def move(self, held: Curvature, found: Estimate, keep: float, gain: float, precision: Precision, scale: Tensor) -> None:
-        """held ← keep · held + gain · found, in place."""
-        assert found.curvature is not None
-        held.blend(found.curvature, keep, gain)
-
     def check(self, structure: Structure, curvature: Bending | None) -> None:  # noqa: B027 (most take any)
         """Raise for a structure or curvature that this expectation cannot serve."""
 
@@ -308,7 +303,7 @@ class Linearized(Expectation):
         loss, gradient = belief.mean.new_zeros(()), torch.zeros_like(belief.mean)
         stream, H = [], belief.empty()
         for lin, q, y in self._marginals(belief, pairs):
-            local = rule.local(belief.likelihood, q, y, Sites.flat(*q.mean.shape, q.mean))
+            local = rule.local(belief.likelihood, q, y, Sites.flat(*q.mean.shape, q.mean))  # type: ignore[call-arg]
             loss = loss - rule.value(belief.likelihood, q, y).sum()
             Λ = belief.bending.bend(local, (), generator).matrix
             S = over_positions(psd_root(Λ).reshape(lin.output.shape + Λ.shape[-1:])).to(lin.output.dtype)
@@ -389,15 +384,6 @@ class Reparameterized(_ByDraws):
                 part, g = belief.sloped(pairs)
             loss, gradient, moment = loss + part / self.n, gradient + g / self.n, moment + g * ε / self.n
         return Estimate(loss, gradient, None, moment / belief.precision.diagonal())
-
-    def move(self, held: Curvature, found: Estimate, keep: float, gain: float, precision: Precision, scale: Tensor) -> None:
-        assert found.diagonal is not None
-        tensors = held.tensors()
-        h = torch.cat(list(tensors.values()))
-        ρ, total = 1 - keep, precision.diagonal().reciprocal() / scale  # h + P, in the units of h
-        new = found.diagonal * (gain / ρ)
-        h = keep * h + ρ * new + 0.5 * ρ**2 * (h - new).square() / total
-        held.load(dict(zip(tensors, h.split([len(t) for t in tensors.values()]), strict=True)))
 
 
 @torch.no_grad()

@@ -386,7 +386,7 @@ def _raise(likelihood, free: list[nn.Parameter], views: list[View], steps: int =
 
     def loss() -> Tensor:
         search.zero_grad()
-        value = -sum(view.value(likelihood) for view in views) / sum(view.y.shape[0] for view in views)
+        value = -torch.stack([view.value(likelihood) for view in views]).sum() / sum(view.y.shape[0] for view in views)
         value.backward()
         return value
 

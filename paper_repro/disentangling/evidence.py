@@ -279,7 +279,7 @@ def trainings(name: str, seeds: Sequence[int], rows: int, width: int, steps: int
 # -- tables and figures ------------------------------------------------------------------------------------------------
 
 
-def _panels(count: int, width: float = 2.4, height: float = 2.1) -> tuple[Any, list[Any]]:
+def _panels(count: int, width: float = 2.2, height: float = 1.9) -> tuple[Any, list[Any]]:
     columns = min(count, 4)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
@@ -323,7 +323,7 @@ def draw_architecture(found: dict[str, Architectures], path: Path) -> None:
     figure.legend(handles, list(STRUCTURES), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.supxlabel("log evidence / N", fontsize=8)
     figure.supylabel("test NLL of MAP", fontsize=8)
-    figure.savefig(path, dpi=66)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -337,13 +337,15 @@ def draw_training(found: dict[str, dict[str, np.ndarray]], path: Path) -> None:
             ax.plot([i + 0.2 * (j - 1)] * len(gap), gap, ".", color=color, ms=4, alpha=0.6)
             ax.plot(i + 0.2 * (j - 1), gap.mean(), "_", color=color, ms=12, mew=2.5, label=method if i == 0 else None)
     ax.axhline(0, color="C2", lw=1)
-    ax.set_xlim(-0.5, len(found) - 0.5)
-    ax.text(len(found) - 0.52, 0, "validation", color="C2", fontsize=7, va="bottom", ha="right")
+    ax.set_yscale("symlog", linthresh=0.3, linscale=1.5)
+    ax.set_yticks([-1, -0.3, 0, 0.3, 1, 3, 10], ["-1", "-0.3", "0", "0.3", "1", "3", "10"], fontsize=8)
+    ax.set_xlim(-0.5, len(found) + 0.1)
+    ax.text(len(found) + 0.1, 0, "validation", color="C2", fontsize=7, va="bottom", ha="right")
     ax.set_xticks(range(len(found)), [n.replace("_", " ") for n in found], fontsize=8)
     ax.set_ylabel("test NLL less validation's / nats", fontsize=8)
     ax.legend(frameon=False, fontsize=7)
     ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=66)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

@@ -110,7 +110,7 @@ def draw_banana(toy: Toy, data: Any, path: Path) -> None:
         ax.set_title(name, fontsize=9)
         ax.set_aspect("equal")
     fig.colorbar(image, ax=axes, label="p(y = 1)")
-    fig.savefig(path, dpi=60)
+    fig.savefig(path, dpi=55)
     plt.close(fig)
 
 

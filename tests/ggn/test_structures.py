@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bayesgn.ggn import Diag, EigenKron, Full, Gram, Kron, Layerwise, LowRank, LowRankPlusDiagonal, MatrixFree, Structure
+from bayesgn.ggn import (
+    Diag,
+    EigenKron,
+    Full,
+    Gram,
+    Kron,
+    Layerwise,
+    LowRank,
+    LowRankPlusDiagonal,
+    MatrixFree,
+    Structure,
+)
 from tests.ggn import problem as problems
 from tests.ggn.problem import Problem, draw, make, mlp, squared
 from tests.oracles import dense

@@ -384,7 +384,7 @@ def test_loaders_and_their_last_batches():
 
 # -- warm starts -----------------------------------------------------------------------------------------------------------------
 
-BLENDED = [ggn.Full, ggn.Layerwise, ggn.Kron, ggn.Diag, ggn.LowRank(rank=10), ggn.LowRankPlusDiagonal(rank=10)]
+BLENDED = [ggn.Full, ggn.Kron, ggn.LowRank(rank=10), ggn.LowRankPlusDiagonal(rank=10)]
 
 
 @pytest.mark.parametrize("structure", BLENDED, ids=str)

@@ -44,7 +44,7 @@ def kl(mean: Tensor, Σ: Tensor, μ: float, P: Tensor) -> Tensor:
 
 
 @structures
-@pytest.mark.parametrize("T", [1.0, 0.3, 2.0])
+@pytest.mark.parametrize("T", [1.0, 0.3])
 @pytest.mark.parametrize("expectation", [optim.Linearized(), optim.Draws(2)], ids=repr)
 def test_the_bound_at_the_fit_is_expectation_minus_divergence(structure, T, expectation):
     q = Problem("gaussian")
