@@ -164,8 +164,8 @@ class Ours(NamedTuple):
 
     structure: str
     curvature: str = "MonteCarloFisher"
-    epochs: int = 300
-    lr: float = 0.1
+    epochs: int = 240
+    lr: float = 0.12
     draws: int = 4
     every: int = 5
     momentum: float = 0.9

@@ -145,8 +145,8 @@ def variational(
     walk = Epochs(data, batch_size or (2**62 if steady else 64), generator)
     try:
         opt = Variational(
-            own, likelihood, len(walk), curvature, expectation, 1.0 if lr is None else lr, precision_lr, momentum, damping, temperature, every,
-            generator,
+            own, likelihood, len(walk), curvature, expectation, 1.0 if lr is None else lr, precision_lr, momentum, damping,
+            getattr(model, "temperature", 1.0) if temperature is None else temperature, every, generator,
         )  # fmt: skip
         run = _Run(opt, walk, tune, burn_in, draws, generator)
         run.begin(start)
@@ -185,7 +185,7 @@ class _Run:
 
     def begin(self, start: Any) -> None:
         if start is None:
-            self.opt.begin(list(self.walk))
+            self.opt.begin(self.walk)
         else:
             # H is kept at unit noise by some curvatures, whole by others (the empirical Fisher).
             unit = float(start.rule.curvature.scale(start.likelihood) / self.opt.bending.scale(start.likelihood))
@@ -198,7 +198,7 @@ class _Run:
 
     def tuned(self) -> None:
         if self.tune and len(self.trace.elbo) >= self.burn_in:
-            self.opt.tune(list(self.walk), max(1, self.draws // 4), self.generator)
+            self.opt.tune(self.walk, max(1, self.draws // 4), self.generator)
 
     def note(self, elbo: float, lr: float, rejected: int, of: dict[str, Any] | None = None) -> None:
         """An epoch is over; ``of`` is the q that the bound is of, where it is not the present one but the epoch's first."""
@@ -214,7 +214,7 @@ class _Run:
             self.best = elbo, len(trace.elbo) - (of is not None), self.opt.snapshot() if of is None else of
 
     def elbo(self) -> float:
-        return float(self.opt.elbo(list(self.walk), self.draws, _fork(self.opt)))
+        return float(self.opt.elbo(self.walk, self.draws, _fork(self.opt)))
 
     def posterior(self) -> VariationalPosterior:
         trace = self.trace
@@ -227,7 +227,7 @@ class _Run:
                 log.info("epoch %d is kept: its ELBO of %.6g is above the last one's, %.6g", trace.kept, best, last)
             else:
                 self.opt.restore(own)
-        posterior = self.opt.posterior(list(self.walk), self.draws, _fork(self.opt))
+        posterior = self.opt.posterior(self.walk, self.draws, _fork(self.opt))
         posterior.trace = trace
         log.info("%r", trace)
         if trace.reason == "interrupted":

@@ -45,7 +45,7 @@ class Bernoulli(Elementwise):
                      "encode labels as 0/1, or use Categorical() for several exclusive classes")
 
     def _suspect(self, f):
-        if f.numel() >= 16 and bool(((f >= 0) & (f <= 1)).all()):
+        if f.numel() >= 16 and bool(((f >= 0) & (f <= 1)).all()) and bool((f != 0).any()):  # (all 0: a net that starts at zero)
             warnings.warn(f"Bernoulli: all {f.numel()} latent values lie in [0, 1] (first {[round(v, 4) for v in f.flatten()[:4].tolist()]}), so "
                           "the net's output seems to have passed a sigmoid already; logits are expected: take the sigmoid out of the net, "
                           "pass its logit, or use FromDistribution(lambda f: torch.distributions.Bernoulli(probs=f))", stacklevel=3)

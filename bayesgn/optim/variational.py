@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
 
@@ -197,8 +197,9 @@ class Variational(torch.optim.Optimizer):
 
     def begin(self, data: Any) -> None:
         """Begin from H at the mean over all of some data, instead of that of the first batch."""
-        pairs, B = self._pairs(*data) if _pair(data) else self._pairs(data, None)
-        self._begin(pairs, self.num_data / B)
+        walk = _Walk(self, data)
+        H = self._at_mean(walk)
+        self._set(H, walk.count)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Variational(torch.optim.Optimizer):
             raise RuntimeError(f"{changed} of the net was replaced after the optimizer was made (assign=True?); build a new one.")
         pairs, B = self._pairs(x, y)
         if self.curvature is None:
-            self._begin(pairs, self.num_data / B)
+            self._set(self._at_mean(pairs), B)
         renew = self.steps % self.every == 0
         if isinstance(self.expectation, Reparameterized):
             loss = self._diagonal(pairs, self.num_data / B, renew)
@@ -237,13 +238,18 @@ class Variational(torch.optim.Optimizer):
             p.grad = None
         return pairs, sum(_data.len_of(a) for a, _ in pairs)
 
-    def _begin(self, pairs: Pairs, whole: float) -> None:
-        """H before anything is known: that at the mean over the first batch, or a guess."""
-        scale = self.bending.scale(self.likelihood).detach().to(self._zero)
-        belief = self._belief()
-        H = belief.empty()
+    def _at_mean(self, pairs: Any) -> Curvature | None:
+        """H of some data at the mean; None where the expectation begins with a guess."""
         if self.expectation.first:
-            H.blend(AtMean().estimate(belief, pairs, self.generator).curvature, 0.0, float(whole / scale))  # type: ignore[arg-type]
+            return AtMean().estimate(self._belief(), pairs, self.generator).curvature
+        next(iter(pairs))  # (plans the net, and looks at the data)
+        return None
+
+    def _set(self, found: Curvature | None, B: int) -> None:
+        """H before any step: that of B data, or a guess."""
+        scale, H = self.bending.scale(self.likelihood).detach().to(self._zero), self._belief().empty()
+        if found is not None:
+            H.blend(found, 0.0, float(self.num_data / B / scale))
         else:
             guess = self.expectation.initial * self.num_data / float(scale)  # type: ignore[attr-defined]
             H.load({name: torch.full_like(t, guess) for name, t in H.tensors().items()})
@@ -291,11 +297,12 @@ class Variational(torch.optim.Optimizer):
             self._variance = precision, precision.diagonal()
         return 0.5 * ((P * self._variance[1]).sum() + (P * δ.square()).sum() - len(P) - P.log().sum() + precision.logdet())
 
-    def views(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> list[View]:
-        """E_q log p(y|f) of all batches of some data, part by part."""
+    def views(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Iterator[View]:
+        """E_q log p(y|f) of some data, a batch at a time, each by draws of its own."""
         self.precision()  # there is one, or it says why not
-        pairs, _ = self._pairs(*data) if _pair(data) else self._pairs(data, None)
-        return list(self.expectation.views(self._belief(), pairs, draws, self.generator if generator is None else generator))
+        belief, generator = self._belief(), self.generator if generator is None else generator
+        for batch in _Walk(self, data):
+            yield from self.expectation.views(belief, [batch], draws, generator)
 
     @torch.no_grad()
     def elbo(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Tensor:
@@ -322,7 +329,7 @@ class Variational(torch.optim.Optimizer):
                 self.prior.log_precision += torch.where(count > 0, change, 0.0)
         free = [p for p in self.likelihood.parameters() if p.requires_grad]
         if free:
-            _raise(self.likelihood, free, self.views(data, draws, generator))
+            _raise(self.likelihood, free, list(self.views(data, draws, generator)))
         self._precision = None
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -379,6 +386,31 @@ class Variational(torch.optim.Optimizer):
         return f"Variational({self.vector.numel} weights, {self.bending!r}, {self.model.structure!r}, {self.expectation!r})"
 
 
+class _Walk:
+    """Batches of some data, one at a time and as often as asked; empty ones are left out.
+
+    Attributes:
+        count: data of the last whole walk.
+    """
+
+    def __init__(self, opt: Variational, data: Any) -> None:
+        self.opt, self.data, self.count = opt, _data.batches(data), 0
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        count = 0
+        for x, y in self.data:
+            if not _data.len_of(x):
+                continue
+            _data.check_finite(x, "x")
+            if not count:
+                self.opt.linearizer.prepare(x, self.opt.likelihood.rows)
+            count += _data.len_of(x)
+            yield x, y
+        if not count:
+            raise ValueError("the data are empty (0 rows); there is nothing to learn from.")
+        self.count = count
+
+
 def _raise(likelihood, free: list[nn.Parameter], views: list[View], steps: int = 20) -> None:
     """Raise Σ E_q log p in the likelihood's parameters, in place."""
     before = [p.detach().clone() for p in free]
@@ -397,10 +429,6 @@ def _raise(likelihood, free: list[nn.Parameter], views: list[View], steps: int =
         if not bool(p.isfinite().all()):
             logger.warning("the likelihood's parameters left the finite numbers while being tuned; they stay as they were")
             p.data.copy_(old)
-
-
-def _pair(data: Any) -> bool:
-    return isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
 
 
 def _check(name: str, value: Any, good: Callable[[Any], bool], expected: str) -> None:

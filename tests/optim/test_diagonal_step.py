@@ -51,7 +51,7 @@ def test_steps_are_the_published_ones_with_momentum_and_damping(dtype, tol, n):
     m, h, v = flat(mirror), torch.full((flat(net).numel(),), 0.4 * N, dtype=torch.float64), 0.0
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in (net[0], net[2])]
     for t in range(1, 4):
-        total, slope, moment = h / T + P, 0.0, 0.0
+        total, slope, moment, ε = h / T + P, 0.0, 0.0, torch.zeros_like(m)
         for s in range(n):
             if s % 2 == 0:  # (in the dtype of the net, as it draws)
                 ε = torch.cat([torch.randn(size, generator=g64, dtype=dtype) for size in sizes]).double() / total.sqrt()
@@ -126,6 +126,7 @@ def test_a_snapshot_is_not_moved_by_later_steps():
     opt = optim.Variational(models.Network(net, structure=ggn.Diag), likelihoods.Categorical(), 12, expectation=optim.Reparameterized(2), lr=0.1,
                             momentum=0.9, generator=gen())  # fmt: skip
     opt.step(x, y)
+    assert opt.generator is not None
     kept, state = opt.snapshot(), opt.generator.get_state()
     futures = []
     for _ in range(2):
