@@ -173,12 +173,14 @@ class Expectation(ABC):
 
     Attributes:
         random: whether two calls differ by chance.
+        caution: how much slower H moves than the mean, unless told.
         steady: whether the bound is known without chance, so that steps can be judged by it.
         first: the data set's curvature before any is known is that at the mean (True), or a guess (False).
     """
 
     random = True
     steady = False
+    caution = 1.0
     first = True
 
     @abstractmethod
@@ -360,6 +362,7 @@ class Reparameterized(_ByDraws):
     """
 
     first = False
+    caution = 0.01
 
     def __init__(self, n: int = 1, initial: float = 1.0) -> None:
         self.n = _positive("Reparameterized", n)

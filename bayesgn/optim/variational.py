@@ -55,7 +55,7 @@ class Variational(torch.optim.Optimizer):
         curvature: Λ; ``rules.GaussNewton()`` unless given.
         expectation: how E_q is taken; ``Draws(1)`` unless given.
         lr: of the mean; a torch scheduler may move it.
-        precision_lr: ρ of every step; ``lr`` as it stands unless given.
+        precision_lr: ρ of every step; ``lr`` as it stands unless given (a hundredth of it under ``Reparameterized``, whose curvature is noisy).
         momentum: of the gradient, in [0, 1).
         damping: added to the precision where it divides the gradient, never to q.
         temperature: T; below 1 a colder, narrower posterior.
@@ -258,7 +258,7 @@ class Variational(torch.optim.Optimizer):
     def _rates(self) -> tuple[float, float]:
         """Of the mean and of H, the latter as far as all steps from one renewal to the next would have moved it."""
         lr = float(self.param_groups[0]["lr"])
-        ρ = lr if self.precision_lr is None else self.precision_lr
+        ρ = self.expectation.caution * lr if self.precision_lr is None else self.precision_lr
         return lr, 1 - (1 - ρ) ** self.every
 
     def _take(self, found: Estimate, whole: float) -> None:

@@ -202,14 +202,14 @@ def draw_sets(found: dict[str, dict[str, list[float]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = list(found["MAP"])
+    widest = int(np.argmax([np.mean(found["BNN full"][n]) for n in names]))  # where the labels have room
     shown = {"MAP": "MAP", "BNN": "BNN full", "GLM": "GLM full", "VI-refined": "VI-refined full"}
     fig, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
     for offset, (label, method) in zip((0.24, 0.08, -0.08, -0.24), shown.items()):
         stats = np.array([mean_se(found[method][n]) for n in names])
         at = np.arange(len(names))[::-1] + offset
         ax.errorbar(stats[:, 0], at, xerr=stats[:, 1], fmt="o", ms=4, lw=1, color=common.COLORS[label])
-        last = int(np.argmax(stats[:, 0])) if label == "BNN" else 0
-        ax.annotate({"VI-refined": "GLM, refined by VI"}.get(label, label), (stats[last].sum(), at[last]), (5, 0), textcoords="offset points", va="center",
+        ax.annotate({"VI-refined": "GLM, refined by VI"}.get(label, label), (stats[widest].sum(), at[widest]), (5, 0), textcoords="offset points", va="center",
                     fontsize=7, color=common.COLORS[label])  # fmt: skip
     ax.set_yticks(np.arange(len(names))[::-1], [n.replace("_", " ") for n in names])
     ax.set(xlabel="test NLL in nats, prior precision 1: mean and standard error over splits", xlim=(0, None))
@@ -235,7 +235,8 @@ def draw_grid(records: list[Record], names: Iterable[str], path: Path) -> None:
             stats = np.array([mean_se([r.test["nll"] for r in mine if r.δ == δ]) for δ in grid])
             ax.fill_between(grid, stats[:, 0] - stats[:, 1], stats[:, 0] + stats[:, 1], color=common.COLORS[label], alpha=0.2, lw=0)
             ax.plot(grid, stats[:, 0], color=common.COLORS[label])
-            ax.text(grid[0], stats[0, 0], f" {label}", color=common.COLORS[label], fontsize=8, va="bottom")
+            if name == names[-1]:
+                ax.text(grid[0], stats[0, 0], f" {label}", color=common.COLORS[label], fontsize=8, va="bottom")
         ax.set(xscale="log", title=name.replace("_", " "), xlabel="prior precision δ", ylim=(0, None))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("test NLL / nats")
@@ -265,7 +266,7 @@ def run(quick: bool, figures: Path) -> dict[str, float]:
             for other in (f"BNN {structure}", "MAP"):
                 key = f"classification_{label}_glm_{structure.lower()}_beats_{other.split()[0].lower()}"
                 numbers[key], numbers[f"{key}_by_2se"] = wins(found, f"GLM {structure}", other), beats(found, f"GLM {structure}", other)
-    pairs = [(f"VI-refined {s}", other) for s in ("full", "diag") for other in (f"GLM {s}", "MAP")] + [("VI diag, BNN", "BNN diag"), ("VI diag, BNN", "MAP")]
+    pairs = [(f"VI-refined {s}", other) for s in ("full", "diag") for other in (f"GLM {s}", "MAP")] + [("VI diag, BNN", "BNN diag"), ("VI diag, BNN", "MAP"), ("VI diag, BNN", "VI diag, GLM")]
     for method, other in pairs:
         key = f"classification_fixed_{method}_beats_{other}".lower().replace(", ", "_").replace(" ", "_").replace("-", "_")
         numbers[key], numbers[f"{key}_by_2se"] = wins(fixed, method, other), beats(fixed, method, other)
