@@ -28,7 +28,7 @@ class Diagnostics(NamedTuple):
 
 
 class Samples:
-    """Draws of the weights by ``bgn.hmc``, and the functions that they are.
+    """Draws of the weights by ``bayesgn.inference.hmc``, and the functions that they are.
 
     ``samples(x)`` is f at all draws [s n *positions c], so that ``samples.likelihood(samples(x))`` is the predictive distribution.
 

@@ -20,7 +20,7 @@ from bayesgn.models.network_posterior import NetworkPosterior
 from bayesgn.models.stream import callers_level
 from bayesgn.models.variational_posterior import VariationalPosterior
 from bayesgn.models.weight_posterior import WeightPosterior
-from bayesgn.optim import Draws, Expectation, Variational
+from bayesgn.optim import Draws, Expectation, Reparameterized, Variational
 from bayesgn.rules import Curvature
 
 log = logging.getLogger("bayesgn.inference")
@@ -34,13 +34,15 @@ class VariationalTrace:
     """The course of :func:`variational`; ``plots.evidence_trace(posterior.trace.elbo)`` draws it.
 
     Attributes:
-        elbo: the bound after every epoch, in nats; where steps are by draws or batches, that of the q before it, with E_q log p as the steps met it.
+        elbo: the bound (at a temperature T, E_q log p − T KL) after every epoch, in nats; where steps are by draws or batches, that of the q
+            before it, with E_q log p as the steps met it.
         lr: the step size of every epoch.
         precision, noise: hyper-parameters after every epoch (noise where the likelihood has one).
         rejected: steps that were taken back, by epoch: shortened where the bound is known, returned to the best epoch where it diverged.
         kept: the epoch whose q the posterior is (counted from 1; 0 is the start).
         reason: why it stopped.
         converged: whether it stopped because a whole step no longer raised the bound.
+        expectation: by which the steps were taken.
     """
 
     elbo: list[float] = field(default_factory=list)
@@ -51,6 +53,7 @@ class VariationalTrace:
     kept: int = 0
     reason: str = ""
     converged: bool = False
+    expectation: Any = None
 
     def __repr__(self) -> str:
         if not self.elbo:
@@ -99,7 +102,8 @@ def variational(
         likelihood: p(y|f); the posterior's own where one is given.
         data: training data, ``(x, y)``, a Dataset or a DataLoader.
         epochs: walks over the data at most.
-        curvature, expectation, precision_lr, momentum, damping, every: of the steps, see :class:`bayesgn.optim.Variational`.
+        curvature, expectation, precision_lr, momentum, damping, every: of the steps, see :class:`bayesgn.optim.Variational`;
+            curvature and expectation are those of the posterior that is gone on from, unless given.
         temperature: T; that of the posterior which is gone on from, 1 otherwise, unless given.
         lr: of the mean (and of H, unless ``precision_lr``), in (0, 1]; constant unless ``scheduler`` is given.
         tune: raise the bound also in prior precision(s) and the likelihood's parameters, after each epoch beyond ``burn_in``.
@@ -136,13 +140,24 @@ def variational(
         raise ValueError(f"tol={tol!r}; expected a part of the bound, 0 or more, e.g. 1e-8.")
     if scheduler is not None and not callable(scheduler):
         raise TypeError(f"scheduler={scheduler!r}; expected a function from the optimizer to a scheduler: lambda opt: StepLR(opt, 10).")
-    expectation = Draws() if expectation is None else expectation
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator={generator!r}; expected a torch.Generator: torch.Generator().manual_seed(0).")
+    if expectation is None:
+        expectation = getattr(getattr(model, "trace", None), "expectation", None) or Draws()
+    if curvature is None and isinstance(model, VariationalPosterior) and not isinstance(expectation, Reparameterized):
+        curvature = model.rule.curvature
     if data is None:
         raise TypeError("variational needs its data: bgn.variational(model, likelihood, (x, y)), or data=train_loader for a posterior.")
     own, likelihood, start = _begin(model, likelihood)
     check_likelihood(likelihood)
     steady = getattr(expectation, "steady", False)
     walk = Epochs(data, batch_size or (2**62 if steady else 64), generator)
+    whole = getattr(data, "dataset", None)
+    if hasattr(whole, "__len__") and len(whole) > len(walk):  # type: ignore[arg-type]
+        warnings.warn(
+            f"the loader gives {len(walk)} of the {len(whole)} data of its dataset (drop_last, a sampler?); the posterior is of those alone, "  # type: ignore[arg-type]
+            "and wider than that of all.", stacklevel=callers_level(),
+        )  # fmt: skip
     try:
         opt = Variational(
             own, likelihood, len(walk), curvature, expectation, 1.0 if lr is None else lr, precision_lr, momentum, damping,
@@ -170,6 +185,10 @@ def _begin(model: Any, likelihood) -> tuple[Network, Any, Any]:
     if not isinstance(model, WeightPosterior):
         raise TypeError(f"model is a {type(model).__name__}; expected models.Network(net, ...), or a posterior of one to start from.")
     model.check_fresh()
+    try:
+        model.structure.check_blend()
+    except ValueError as error:
+        raise ValueError(f"{error} Here: make models.Network(posterior.net, prior=posterior.prior, structure=...) and start from it.") from None
     start = model if isinstance(model, (NetworkPosterior, VariationalPosterior)) else None
     return Network.of(model), model.likelihood if likelihood is None else likelihood, start
 
@@ -179,13 +198,14 @@ class _Run:
 
     def __init__(self, opt: Variational, walk: Epochs, tune: bool, burn_in: int, draws: int, generator: torch.Generator | None) -> None:
         self.opt, self.walk, self.tune, self.burn_in, self.draws, self.generator = opt, walk, tune, burn_in, draws, generator
-        self.trace = VariationalTrace()
+        self.trace = VariationalTrace(expectation=opt.expectation)
+        self.data = walk.walk if walk.pair is None else _data.batches(walk.pair)  # in one order, to judge by
         self.exact = opt.expectation.steady and len(walk.first_batch()[1]) == len(walk)  # the bound is known after every epoch
         self.best: tuple[float, int, dict[str, Any]] = (-math.inf, 0, {})
 
     def begin(self, start: Any) -> None:
         if start is None:
-            self.opt.begin(self.walk)
+            self.opt.begin(self.data)
         else:
             # H is kept at unit noise by some curvatures, whole by others (the empirical Fisher).
             unit = float(start.rule.curvature.scale(start.likelihood) / self.opt.bending.scale(start.likelihood))
@@ -198,7 +218,7 @@ class _Run:
 
     def tuned(self) -> None:
         if self.tune and len(self.trace.elbo) >= self.burn_in:
-            self.opt.tune(self.walk, max(1, self.draws // 4), self.generator)
+            self.opt.tune(self.data, max(1, self.draws // 4), self.generator)
 
     def note(self, elbo: float, lr: float, rejected: int, of: dict[str, Any] | None = None) -> None:
         """An epoch is over; ``of`` is the q that the bound is of, where it is not the present one but the epoch's first."""
@@ -213,21 +233,22 @@ class _Run:
         if elbo > self.best[0]:
             self.best = elbo, len(trace.elbo) - (of is not None), self.opt.snapshot() if of is None else of
 
-    def elbo(self) -> float:
-        return float(self.opt.elbo(self.walk, self.draws, _fork(self.opt)))
+    def objective(self) -> float:
+        """What the steps climb, by the same draws at every call."""
+        return float(self.opt.objective(self.data, self.draws, _fork(self.opt)))
 
     def posterior(self) -> VariationalPosterior:
         trace = self.trace
         if trace.kept != self.best[1]:
-            last, own = self.elbo(), self.opt.snapshot()
+            last, own = self.objective(), self.opt.snapshot()
             self.opt.restore(self.best[2])
-            best = self.elbo()
+            best = self.objective()
             if best > last or not math.isfinite(last):
                 trace.kept = self.best[1]
                 log.info("epoch %d is kept: its ELBO of %.6g is above the last one's, %.6g", trace.kept, best, last)
             else:
                 self.opt.restore(own)
-        posterior = self.opt.posterior(self.walk, self.draws, _fork(self.opt))
+        posterior = self.opt.posterior(self.data, self.draws, _fork(self.opt))
         posterior.trace = trace
         log.info("%r", trace)
         if trace.reason == "interrupted":
@@ -246,7 +267,7 @@ def _fork(opt: Variational) -> torch.Generator:
 def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
     """Whole natural-gradient steps, shortened until the bound rises."""
     opt, trace = run.opt, run.trace
-    data, now, lr = list(run.walk), run.elbo(), 1.0
+    data, now, lr = list(run.walk), run.objective(), 1.0
     if not math.isfinite(now):
         raise FloatingPointError(f"the ELBO is {now} at the start; look at the data's scale, or train the net first.")
     start, settled, trace.reason = now, opt.snapshot(), f"all {epochs} steps were taken"
@@ -259,7 +280,7 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                     value = math.nan
                     try:
                         opt.step(data)
-                        value = run.elbo()
+                        value = run.objective()
                     except (FloatingPointError, NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
                         log.info("a step of %g: %s", lr, error)
                     better = value >= now - 1e-12 * (1 + abs(now))
@@ -268,10 +289,21 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                     opt.restore(settled)
                     lr, rejected = 0.5 * lr, rejected + 1
                 if not better:
+                    run.tuned()
+                    value = run.objective()
+                    if run.tune and value > now + tol * (1 + abs(now)):  # the hyper-parameters may still raise it
+                        now, settled, lr = value, opt.snapshot(), 1.0
+                        run.note(now, 0.0, rejected)
+                        continue
                     trace.reason = f"no step of {SMALLEST:g} or more raises the bound"
+                    warnings.warn(
+                        f"{trace.reason} of {now:.6g}, after {len(trace.elbo)} steps. The bound is of the net linearised anew at every mean, which a "
+                        "step does not foresee unless the net is linear in its weights: take bgn.refine (one linearisation), or optim.Draws().",
+                        stacklevel=callers_level(),
+                    )
                     break
                 run.tuned()
-                value = run.elbo() if run.tune else value
+                value = run.objective() if run.tune else value
                 gain, now = value - now, value
                 run.note(now, lr, rejected)
                 settled = opt.snapshot()
@@ -293,7 +325,7 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
     opt, trace = run.opt, run.trace
     opt.param_groups[0]["lr"] = opt.param_groups[0]["initial_lr"] = lr
     schedule = scheduler(opt) if scheduler is not None else None
-    trace.reason, rescued, lost, shrink, floor = f"all {epochs} epochs were taken", 0, 0, 1.0, None
+    trace.reason, rescued, lost, shrink, floor = f"all {epochs} epochs were taken", 0, 0, 1.0, run.objective()
     try:
         with _bar(epochs, progress) as bar:
             for epoch in range(epochs):
@@ -305,8 +337,9 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
                 except (FloatingPointError, NotPositiveDefiniteError, torch.linalg.LinAlgError) as error:
                     log.info("epoch %d: %s", epoch + 1, error)
                     value = math.nan
-                floor = value if floor is None and math.isfinite(value) else floor
-                if not math.isfinite(value) or (floor is not None and value < floor - 0.5 * abs(floor) - 10):
+                if math.isfinite(value) and math.isfinite(floor) and value < floor - 0.5 * abs(floor) - 10:
+                    value = run.objective()  # by more draws than the epoch's: one unlucky draw is no divergence
+                if not math.isfinite(value) or value < floor - 0.5 * abs(floor) - 10:
                     rescued, lost, shrink = rescued + 1, lost + 1, 0.5 * shrink
                     rate = opt.param_groups[0]["lr"]
                     opt.restore(run.best[2])
@@ -329,10 +362,15 @@ def _epochs(run: _Run, epochs: int, lr: float, anneal: bool, scheduler, progress
                     schedule.step()
                 bar.update()
                 bar.set_postfix_str(f"ELBO {value:.6g}", refresh=False)
+        tenth = len(trace.elbo) // 10
+        if tenth and trace.reason.startswith("all"):
+            rise = sum(trace.elbo[-tenth:]) / tenth - sum(trace.elbo[-2 * tenth : -tenth]) / tenth
+            if rise > 1 + 0.01 * abs(trace.elbo[-1]):
+                trace.reason += ", and the bound was still rising"
     except KeyboardInterrupt:
         trace.reason = "interrupted"
     if not trace.elbo:
-        trace.elbo.append(run.elbo())
+        trace.elbo.append(run.objective())
 
 
 def _epoch(run: _Run) -> float:
@@ -343,7 +381,7 @@ def _epoch(run: _Run) -> float:
         if not B:
             continue
         total, seen = total + float(opt.step(x, y)) * B, seen + B
-    return run.elbo() if run.exact else -total * len(walk) / seen - divergence
+    return run.objective() if run.exact else -total * len(walk) / seen - opt.temperature * divergence
 
 
 def _bar(epochs: int, progress: bool | None):

@@ -94,7 +94,8 @@ def _variational(header: dict, tensors: dict[str, Tensor], linearizer: Linearize
     curvature.load(_files.section(tensors, "curvature"))
     statistics = {k: v.to(like.device) for k, v in _files.section(tensors, "statistics").items()}
     T, narrowed = float(tensors["temperature"]), tensors["narrowed"]
-    return VariationalPosterior(linearizer, structure, curvature, likelihood, prior, rule, statistics, int(header["num_data"]), T, narrowed)
+    num_data, error = int(header["num_data"]), float(tensors["error"])
+    return VariationalPosterior(linearizer, structure, curvature, likelihood, prior, rule, statistics, num_data, T, narrowed, error)
 
 
 def _at_mean(header: dict, tensors: dict[str, Tensor], net: nn.Module) -> nn.Module:

@@ -198,14 +198,15 @@ class Network:
             raise ValueError(f"the sites are of shape {tuple(sites.nat1.shape)} but the net answers {tuple(seen.f.shape)} (rows, outputs).")
         return LinearizedPosterior(self.linearizer, self.structure, likelihood, prior, rule, seen, sites)
 
-    def believe(self, q: Any, statistics: dict[str, Tensor]) -> VariationalPosterior:
+    def believe(self, q: Any, statistics: dict[str, Tensor], error: float = 0.0) -> VariationalPosterior:
         """The posterior N(m, (s H / T + P)⁻¹) of a variational inference ``q`` (``optim.Variational``) as it stands, over a copy of the net."""
         linearizer = copied(self.linearizer)
         curvature = moved_onto(linearizer, self.structure, q.curvature)
         rule = Variational(q.bending)
         return VariationalPosterior(
-            linearizer, self.structure, curvature, copy.deepcopy(q.likelihood), copy.deepcopy(q.prior), rule, statistics, q.num_data, q.temperature
-        )
+            linearizer, self.structure, curvature, copy.deepcopy(q.likelihood), copy.deepcopy(q.prior), rule, statistics, q.num_data, q.temperature,
+            error=error,
+        )  # fmt: skip
 
     def _warn_of_mode(self) -> None:
         if self.net.training:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,6 @@ from torch import Tensor
 from bayesgn.ggn import Curvature
 from bayesgn.ggn.structure import randn, working
 from bayesgn.optim.expectations import Belief, Pairs, flat, write
-
-if TYPE_CHECKING:
-    from bayesgn.optim.variational import Variational
 
 
 class DiagonalStep:
@@ -24,7 +21,7 @@ class DiagonalStep:
     accumulator h stays in float64: a usual ρ, 1e-5, is near the rounding of float32.
     """
 
-    def __init__(self, opt: Variational) -> None:
+    def __init__(self, opt: Any) -> None:
         self.opt = opt
         self._flat: tuple[Curvature, Tensor] | None = None
         self._room: dict[str, Tensor] = {}

@@ -154,6 +154,10 @@ class View(NamedTuple):
         assert self.rule is not None
         return self.rule.value(likelihood, self.f, self.y).sum()
 
+    def totals(self, likelihood) -> Tensor | None:
+        """Σ log p of every draw [s]; None where there are none."""
+        return torch.stack([likelihood.log_prob(f, self.y).sum() for f in self.f]).detach() if isinstance(self.f, Tensor) else None
+
     def statistics(self, likelihood) -> dict[str, Tensor]:
         """The likelihood's statistics under q; ``log_prob_of`` of them is the value, for those it is linear in."""
         if isinstance(self.f, Tensor):
@@ -192,7 +196,7 @@ class Expectation(ABC):
         return self.estimate(belief, pairs, generator)
 
     @abstractmethod
-    def views(self, belief: Belief, pairs: Pairs, draws: int, generator: torch.Generator | None) -> Iterator[View]:
+    def views(self, belief: Belief, pairs: Iterable, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         """E_q log p of some batches, as it is reported and as the likelihood is tuned by; of ``draws`` draws where it draws."""
 
     def check(self, structure: Structure, curvature: Bending | None) -> None:  # noqa: B027 (most take any)
@@ -207,14 +211,13 @@ class _ByDraws(Expectation):
 
     antithetic = True
 
-    def views(self, belief: Belief, pairs: Pairs, draws: int, generator: torch.Generator | None) -> Iterator[View]:
+    def views(self, belief: Belief, pairs: Iterable, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         ε = belief.draws(draws, self.antithetic, generator)
-        outputs: list[list[Tensor]] = [[] for _ in pairs]
-        for step in ε:
-            with belief.at(belief.mean + step):
-                for place, (x, _) in zip(outputs, pairs, strict=True):
-                    place.append(belief.outputs(x))
-        for f, (_, y) in zip(outputs, pairs, strict=True):
+        for x, y in pairs:
+            f = []
+            for step in ε:
+                with belief.at(belief.mean + step):
+                    f.append(belief.outputs(x))
             wide = torch.stack(f)
             yield View(wide.to(torch.promote_types(wide.dtype, torch.float32)), _data.to(y, wide.device))
 
@@ -319,13 +322,13 @@ class Linearized(Expectation):
         products = [FactorProducts(lin.blocks, lin.factors(S), belief.mean.dtype) for lin, S in stream]
         return Estimate(loss, gradient, H, times=lambda v: sum(J.rmatvec(J.matvec(v[:, None])) for J in products)[:, 0])  # type: ignore[index]
 
-    def views(self, belief: Belief, pairs: Pairs, draws: int, generator: torch.Generator | None) -> Iterator[View]:
+    def views(self, belief: Belief, pairs: Iterable, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         rule = Variational(belief.bending, self.cubature)
         for _, q, y in self._marginals(belief, pairs):
             yield View(q, y, rule)
 
     @torch.no_grad()
-    def _marginals(self, belief: Belief, pairs: Pairs) -> Iterator[tuple[Any, Marginals, Tensor]]:
+    def _marginals(self, belief: Belief, pairs: Iterable) -> Iterator[tuple[Any, Marginals, Tensor]]:
         """(linearization, marginals of its rows, their targets), part by part."""
         assert belief.precision is not None
         likelihood, start = belief.likelihood, 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
@@ -117,17 +118,25 @@ class Variational(torch.optim.Optimizer):
         _check("temperature", temperature, lambda v: 0 < v < math.inf, "above 0")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every={every!r}; expected steps from one renewal of the curvature to the next, at least 1.")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator={generator!r}; expected a torch.Generator: torch.Generator().manual_seed(0).")
         self.model, self.num_data, self.precision_lr, self.generator = model, num_data, precision_lr, generator
         self.momentum, self.damping, self.temperature, self.every = momentum, damping, temperature, every
         self.net, self.vector, self.linearizer = model.net, model.vector, model.linearizer
         self._own = self.vector.tensors(self.net)
         first = next(iter(self._own.values()))
+        if first.dtype.itemsize < 4:
+            warnings.warn(
+                f"the weights are {first.dtype}, in which the mean of q lives: steps below their rounding are lost. Train net.float().",
+                stacklevel=2,
+            )
         self._zero = torch.zeros((), dtype=accumulator(first), device=first.device)
         dtype = None if self._zero.dtype == torch.float64 else self._zero.dtype
         self.prior = copy.deepcopy(model.prior).to(first.device, dtype)
         self.likelihood = copy.deepcopy(likelihood).to(first.device, dtype)
         self.curvature: Curvature | None = None  # H, at unit noise
         self._precision: Precision | None = None
+        self._at: tuple = ()  # hyper-parameters of that precision
         self._variance: tuple[Precision, Tensor] | None = None
         self._velocity: Tensor | None = None
         self._diagonal = DiagonalStep(self)
@@ -163,8 +172,9 @@ class Variational(torch.optim.Optimizer):
         """Σ⁻¹ = H/T + P."""
         if self.curvature is None:
             raise RuntimeError("there is no belief before the first step: call step(x, y), or start from a posterior's curvature.")
-        if self._precision is None:
-            self._precision = self.curvature.solver(self._prior(), self.scale())
+        key = tuple((id(p), p._version) for p in (*self.prior.parameters(), *self.likelihood.parameters()))
+        if self._precision is None or self._at != key:
+            self._precision, self._at = self.curvature.solver(self._prior(), self.scale()), key
         return self._precision
 
     def _belief(self) -> Belief:
@@ -236,7 +246,10 @@ class Variational(torch.optim.Optimizer):
         self.linearizer.prepare(pairs[0][0], self.likelihood.rows)
         for p in self._own.values():
             p.grad = None
-        return pairs, sum(_data.len_of(a) for a, _ in pairs)
+        B = sum(_data.len_of(a) for a, _ in pairs)
+        if B > self.num_data:
+            raise ValueError(f"a batch of {B} data, but num_data={self.num_data}: it is the number of all data, of which a batch is a part.")
+        return pairs, B
 
     def _at_mean(self, pairs: Any) -> Curvature | None:
         """H of some data at the mean; None where the expectation begins with a guess."""
@@ -258,32 +271,44 @@ class Variational(torch.optim.Optimizer):
     def _rates(self) -> tuple[float, float]:
         """Of the mean and of H, the latter as far as all steps from one renewal to the next would have moved it."""
         lr = float(self.param_groups[0]["lr"])
+        if not 0 <= lr <= 1:
+            raise ValueError(f"lr is {lr:g} (set by a scheduler, or in param_groups); expected a part of a natural-gradient step, in [0, 1].")
         ρ = self.expectation.caution * lr if self.precision_lr is None else self.precision_lr
         return lr, 1 - (1 - ρ) ** self.every
 
     def _take(self, found: Estimate, whole: float) -> None:
         H, (lr, ρ) = self.curvature, self._rates()
         assert H is not None
+        before = dict(H.tensors()), self._velocity
         if found.curvature is not None:
             scale = self.bending.scale(self.likelihood).detach().to(self._zero)
             H.blend(found.curvature, 1 - ρ, float(ρ * whole / scale))
             self._precision = None
+        try:
+            θ = self.mean - lr * self._direction(found, whole)
+            if not bool(θ.isfinite().all()):
+                raise FloatingPointError("the step is not finite; lower lr, or raise damping.")
+        except BaseException:
+            H.load(before[0])
+            self._velocity, self._precision = before[1], None
+            raise
+        self._write(θ)
+        self.steps += 1
+
+    def _direction(self, found: Estimate, whole: float) -> Tensor:
+        """The natural gradient [p]."""
+        H = self.curvature
+        assert H is not None
         slope = whole * found.gradient.to(self._zero) / self.temperature + self.prior_vector() * self.deviation()
         if self.momentum:
             kept = torch.zeros_like(slope) if self._velocity is None else self._velocity
             self._velocity = self.momentum * kept + (1 - self.momentum) * slope
             slope = self._velocity / (1 - self.momentum ** (self.steps + 1))
         precision = H.solver(self._prior(self.damping), self.scale()) if self.damping else self.precision()
-        if found.times is not None and whole == 1:
-            P, T, times = self.prior_vector() + self.damping, self.temperature, found.times
-            δ = conjugate_gradients(lambda v: times(v) / T + P * v, slope, precision.solve)
-        else:
-            δ = precision.solve(slope)
-        θ = self.mean - lr * δ
-        if not bool(θ.isfinite().all()):
-            raise FloatingPointError("the step is not finite; lower lr, or raise damping.")
-        self._write(θ)
-        self.steps += 1
+        if found.times is None or whole != 1:
+            return precision.solve(slope)
+        P, T, times = self.prior_vector() + self.damping, self.temperature, found.times
+        return conjugate_gradients(lambda v: times(v) / T + P * v, slope, precision.solve)
 
     def _write(self, θ: Tensor) -> None:
         write(self.vector, self._own, θ)
@@ -298,11 +323,22 @@ class Variational(torch.optim.Optimizer):
         return 0.5 * ((P * self._variance[1]).sum() + (P * δ.square()).sum() - len(P) - P.log().sum() + precision.logdet())
 
     def views(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Iterator[View]:
-        """E_q log p(y|f) of some data, a batch at a time, each by draws of its own."""
+        """E_q log p(y|f) of some data, a batch at a time, all by the same draws."""
         self.precision()  # there is one, or it says why not
-        belief, generator = self._belief(), self.generator if generator is None else generator
-        for batch in _Walk(self, data):
-            yield from self.expectation.views(belief, [batch], draws, generator)
+        if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+            raise ValueError(f"draws={draws!r}; expected a whole number, at least 1.")
+        yield from self.expectation.views(self._belief(), _Walk(self, data), draws, self.generator if generator is None else generator)
+
+    def _views(self, data: Any, draws: int, generator: torch.Generator | None) -> Iterator[View]:
+        """The same, of all N data and no fewer."""
+        walk = _Walk(self, data)
+        yield from self.views(walk, draws, generator)
+        if walk.count != self.num_data:
+            raise ValueError(f"these are {walk.count} data but num_data={self.num_data}; the bound is over all data (a loader with drop_last?).")
+
+    def expected_log_likelihood(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Tensor:
+        """E_q log p(y|θ) over all N ``data``, in nats."""
+        return sum(v.value(self.likelihood) for v in self._views(data, draws, generator)).to(self._zero)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def elbo(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Tensor:
@@ -310,13 +346,20 @@ class Variational(torch.optim.Optimizer):
 
         At every temperature this is the bound of the log evidence, not the tempered objective.
         """
-        return sum(v.value(self.likelihood) for v in self.views(data, draws, generator)).to(self._zero) - self.kl()  # type: ignore[union-attr]
+        return self.expected_log_likelihood(data, draws, generator) - self.kl()
+
+    @torch.no_grad()
+    def objective(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> Tensor:
+        """E_q log p(y|θ) − T · KL(q ‖ prior), which the steps climb; the bound at T = 1."""
+        return self.expected_log_likelihood(data, draws, generator) - self.temperature * self.kl()
 
     def tune(self, data: Any, draws: int = 10, generator: torch.Generator | None = None) -> None:
         """Raise the bound in the hyper-parameters at this q: prior precision(s) in closed form, the likelihood's parameters by L-BFGS.
 
             P_g = count_g / Σ_{i in g} ( (m_i − μ_i)² + Σ_ii )
         """
+        free = [p for p in self.likelihood.parameters() if p.requires_grad]
+        seen = list(self.views(data, draws, generator)) if free else []  # before the prior, and with it q, moves
         if self.prior.log_precision.requires_grad:
             moment = (self.deviation().square() + self.precision().diagonal()).detach()
             with torch.enable_grad():
@@ -327,9 +370,8 @@ class Variational(torch.optim.Optimizer):
             with torch.no_grad():
                 change = (count / total.clamp_min(torch.finfo(total.dtype).tiny)).log()
                 self.prior.log_precision += torch.where(count > 0, change, 0.0)
-        free = [p for p in self.likelihood.parameters() if p.requires_grad]
         if free:
-            _raise(self.likelihood, free, list(self.views(data, draws, generator)))
+            _raise(self.likelihood, free, seen)
         self._precision = None
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -338,10 +380,14 @@ class Variational(torch.optim.Optimizer):
         """q as a ``models.VariationalPosterior``, with the bound over all N ``data``; it holds a copy of the net, at the mean."""
         self.precision()
         statistics: dict[str, Tensor] = {}
-        for view in self.views(data, draws, generator):
-            for name, t in view.statistics(self.likelihood).items():
-                statistics[name] = statistics[name] + t if name in statistics else t
-        return self.model.believe(self, statistics)
+        totals: Tensor | None = None
+        with torch.no_grad():
+            for view in self._views(data, draws, generator):
+                for name, t in view.statistics(self.likelihood).items():
+                    statistics[name] = statistics[name] + t if name in statistics else t
+                part = view.totals(self.likelihood)
+                totals = part if totals is None or part is None else totals + part
+        return self.model.believe(self, statistics, _standard_error(totals, getattr(self.expectation, "antithetic", False)))
 
     def snapshot(self) -> dict[str, Any]:
         """All that a step moves, to go back to by :meth:`restore`."""
@@ -386,6 +432,15 @@ class Variational(torch.optim.Optimizer):
         return f"Variational({self.vector.numel} weights, {self.bending!r}, {self.model.structure!r}, {self.expectation!r})"
 
 
+def _standard_error(totals: Tensor | None, antithetic: bool) -> float:
+    """Of the mean of these draws [s], of which every second may be the one before turned round."""
+    if totals is None:
+        return 0.0
+    if antithetic and len(totals) % 2 == 0:
+        totals = totals.reshape(-1, 2).mean(-1)
+    return float(totals.double().std() / len(totals) ** 0.5) if len(totals) > 1 else math.inf
+
+
 class _Walk:
     """Batches of some data, one at a time and as often as asked; empty ones are left out.
 
@@ -394,7 +449,7 @@ class _Walk:
     """
 
     def __init__(self, opt: Variational, data: Any) -> None:
-        self.opt, self.data, self.count = opt, _data.batches(data), 0
+        self.opt, self.data, self.count = opt, data if isinstance(data, _Walk) else _data.batches(data), 0
 
     def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
         count = 0
