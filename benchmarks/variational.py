@@ -164,7 +164,7 @@ class Ours(NamedTuple):
 
     structure: str
     curvature: str = "MonteCarloFisher"
-    epochs: int = 240
+    epochs: int = 180
     lr: float = 0.12
     draws: int = 4
     every: int = 5

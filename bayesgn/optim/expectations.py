@@ -218,8 +218,10 @@ class _ByDraws(Expectation):
             for step in ε:
                 with belief.at(belief.mean + step):
                     f.append(belief.outputs(x))
+            y = _data.to(y, f[0].device)
+            belief.likelihood.validate(f[0], y)
             wide = torch.stack(f)
-            yield View(wide.to(torch.promote_types(wide.dtype, torch.float32)), _data.to(y, wide.device))
+            yield View(wide.to(torch.promote_types(wide.dtype, torch.float32)), y)
 
 
 class AtMean(_ByDraws):
