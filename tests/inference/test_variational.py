@@ -657,3 +657,27 @@ def test_float32_and_named_inputs_through_the_front_door():
         posterior = fit(Two().eval(), likelihoods.Categorical(), (x, y), ggn.Diag, epochs=3, batch_size=8, expectation=expectation, tune=True)
         assert posterior(x).mean.dtype == torch.float32 and posterior.sample_outputs(x, 2).shape == (2, 20, 3)
         assert math.isfinite(float(posterior.log_evidence()))
+
+
+def test_going_on_keeps_curvature_expectation_and_temperature():
+    x, y = logistic()
+    posterior = fit(nn.Linear(4, 1).double().eval(), likelihoods.Bernoulli(), (x, y), ggn.Diag, epochs=2, curvature=rules.EmpiricalFisher(),
+                    expectation=optim.AtMean(), temperature=0.5)  # fmt: skip
+    again = bgn.variational(posterior, data=(x, y), epochs=1, progress=False)
+    assert isinstance(again.rule.curvature, rules.EmpiricalFisher) and again.temperature == 0.5
+    assert isinstance(again.trace.expectation, optim.AtMean)
+
+
+def test_a_search_that_cannot_climb_says_so_and_a_loader_that_drops_data_too():
+    net, (x, y) = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double().eval(), logistic()
+    model = models.Network(net, models.WeightPrior(0.01), ggn.Full)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        for p in net.parameters():
+            nn.init.normal_(p, std=2.0)
+    with pytest.warns(UserWarning, match="bgn.refine"):
+        posterior = bgn.variational(model, likelihoods.Bernoulli(), (x, y), epochs=100, expectation=LINEARIZED, progress=False)
+    assert not posterior.trace.converged
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 32, drop_last=True)
+    with pytest.warns(UserWarning, match="32 of the 60 data"):
+        bgn.variational(model, likelihoods.Bernoulli(), loader, epochs=1, progress=False)

@@ -299,3 +299,26 @@ def test_float32_posteriors_come_back(tmp_path):
     posterior = opt.posterior((q.x.float(), q.y))
     path = posterior.save(tmp_path / "q")
     same_answers(posterior, bgn.load(path, copy.deepcopy(q.net).float()), q.x.float())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_q_follows_a_noise_that_is_set(frozen):
+    q = Problem("gaussian", linear=True)
+    _, posterior = fitted(q, ggn.Full())
+    posterior.likelihood.requires_grad_(not frozen)
+    posterior.likelihood.noise = 1.5
+    J = q.J(posterior.mean, q.x)
+    Σ = torch.linalg.inv(posterior.curvature.tensors()["H"] / 1.5 + 0.7 * torch.eye(q.p, dtype=D))
+    torch.testing.assert_close(posterior(q.x).variance, torch.einsum("ncp,pq,ncq->nc", J, Σ, J))
+    with torch.no_grad():
+        assert math.isfinite(float(posterior.log_evidence()))
+
+
+def test_the_error_of_the_bound_is_that_of_its_draws():
+    q = Problem("gaussian")
+    opt, _ = fitted(q, ggn.Full(), expectation=optim.Draws(2))
+    half = opt.precision().sample(50, gen(8))
+    pairs = torch.stack([-0.5 * (q.loss(opt.mean + e, q.x, q.y) + q.loss(opt.mean - e, q.x, q.y)) for e in half])
+    posterior = opt.posterior((q.x, q.y), 100, gen(8))
+    assert posterior.error == pytest.approx(float(pairs.std() / 50**0.5), rel=1e-6)
+    assert fitted(q, ggn.Full())[1].error == 0.0

@@ -768,3 +768,75 @@ def test_a_replaced_parameter_is_noticed():
     opt.net.load_state_dict({k: v.clone() for k, v in q.net.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match="replaced"):
         opt.step(q.x, q.y)
+
+
+# -- what a reading found ----------------------------------------------------------------------------------------------------------
+
+
+def test_hyperparameters_that_are_set_are_followed():
+    q = Problem("gaussian")
+    opt, fresh = (optim.Variational(q.model(ggn.Full), q.likelihood, 8, expectation=optim.Linearized(), generator=gen()) for _ in range(2))
+    opt.step(q.x, q.y), fresh.step(q.x, q.y)
+    before = opt.elbo((q.x, q.y))
+    for o in (opt, fresh):
+        o.prior.precision, o.likelihood.noise = 30.0, 1.5
+    fresh._precision = None  # worked out anew in any case
+    assert float(opt.elbo((q.x, q.y))) == pytest.approx(float(fresh.elbo((q.x, q.y))), rel=1e-12) != float(before)
+
+
+def test_the_bound_is_of_all_data_and_a_batch_no_more_than_all():
+    q = Problem()
+    opt = optim.Variational(q.model(ggn.Full), q.likelihood, 8, generator=gen())
+    opt.step(q.x[:4], q.y[:4])
+    for ask in (opt.elbo, opt.objective, opt.posterior):
+        with pytest.raises(ValueError, match="5 data but num_data=8"):
+            ask((q.x[:5], q.y[:5]))
+    opt = optim.Variational(q.model(ggn.Full), q.likelihood, 6, generator=gen())
+    with pytest.raises(ValueError, match="a batch of 8 data, but num_data=6"):
+        opt.step(q.x, q.y)
+
+
+def test_the_bound_of_a_loader_does_not_depend_on_its_order():
+    q = Problem(n=12)
+    opt = optim.Variational(q.model(ggn.Full), q.likelihood, 12, generator=gen())
+    opt.step(q.x, q.y)
+    data = torch.utils.data.TensorDataset(q.x, q.y)
+    found = [float(opt.elbo(torch.utils.data.DataLoader(data, 5, shuffle=True, generator=gen(s)), 4, gen(3))) for s in range(3)]
+    assert found == pytest.approx([float(opt.elbo((q.x, q.y), 4, gen(3)))] * 3, rel=1e-12)
+
+
+def test_a_scheduler_that_leaves_the_unit_interval_is_refused():
+    q = Problem()
+    opt = optim.Variational(q.model(ggn.Diag), q.likelihood, 8, lr=0.9, generator=gen())
+    opt.step(q.x, q.y)
+    torch.optim.lr_scheduler.LambdaLR(opt, lambda epoch: 3.0)
+    before = opt.snapshot()
+    with pytest.raises(ValueError, match="expected a part of a natural-gradient step"):
+        opt.step(q.x, q.y)
+    assert torch.equal(opt.mean, before["mean"])
+
+
+def test_a_step_that_fails_in_its_solve_leaves_all_as_it_was(monkeypatch):
+    q = Problem()
+    opt = optim.Variational(q.model(ggn.Full), q.likelihood, 8, momentum=0.5, generator=gen())
+    opt.step(q.x, q.y)
+    mean, H, velocity = opt.mean, opt.curvature.tensors()["H"].clone(), opt._velocity.clone()
+    monkeypatch.setattr(opt, "_direction", lambda *_: torch.full_like(mean, math.nan))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        opt.step(q.x, q.y)
+    assert torch.equal(opt.mean, mean) and torch.equal(opt.curvature.tensors()["H"], H) and torch.equal(opt._velocity, velocity)
+
+
+def test_a_generator_is_a_generator_and_draws_a_number():
+    q = Problem()
+    with pytest.raises(TypeError, match="manual_seed"):
+        optim.Variational(q.model(ggn.Full), q.likelihood, 8, generator=0)
+    opt = optim.Variational(q.model(ggn.Full), q.likelihood, 8)
+    opt.step(q.x, q.y)
+    with pytest.raises(ValueError, match="draws=0"):
+        opt.elbo((q.x, q.y), draws=0)
+
+
+def test_half_precision_is_warned_of():
+    with pytest.warns(UserWarning, match="steps below their rounding"):
+        optim.Variational(models.Network(nn.Linear(2, 1).bfloat16().eval(), structure=ggn.Diag), likelihoods.Bernoulli(), 8)
