@@ -11,13 +11,14 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayesgn import _data
 from bayesgn.ggn import Curvature, Precision
 from bayesgn.ggn.conjugate_gradients import conjugate_gradients
 from bayesgn.ggn.structure import accumulator
 from bayesgn.likelihoods import Likelihood
+from bayesgn.optim.bound import Walk, raise_in, standard_error
 from bayesgn.optim.checks import check_kind
 from bayesgn.optim.diagonal_step import DiagonalStep
 from bayesgn.optim.expectations import AtMean, Belief, Draws, Estimate, Expectation, Pairs, Reparameterized, View, write
@@ -207,7 +208,7 @@ class Variational(torch.optim.Optimizer):
 
     def begin(self, data: Any) -> None:
         """Begin from H at the mean over all of some data, instead of that of the first batch."""
-        walk = _Walk(self, data)
+        walk = Walk(self, data)
         H = self._at_mean(walk)
         self._set(H, walk.count)
 
@@ -327,11 +328,11 @@ class Variational(torch.optim.Optimizer):
         self.precision()  # there is one, or it says why not
         if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
             raise ValueError(f"draws={draws!r}; expected a whole number, at least 1.")
-        yield from self.expectation.views(self._belief(), _Walk(self, data), draws, self.generator if generator is None else generator)
+        yield from self.expectation.views(self._belief(), Walk(self, data), draws, self.generator if generator is None else generator)
 
     def _views(self, data: Any, draws: int, generator: torch.Generator | None) -> Iterator[View]:
         """The same, of all N data and no fewer."""
-        walk = _Walk(self, data)
+        walk = Walk(self, data)
         yield from self.views(walk, draws, generator)
         if walk.count != self.num_data:
             raise ValueError(f"these are {walk.count} data but num_data={self.num_data}; the bound is over all data (a loader with drop_last?).")
@@ -371,7 +372,7 @@ class Variational(torch.optim.Optimizer):
                 change = (count / total.clamp_min(torch.finfo(total.dtype).tiny)).log()
                 self.prior.log_precision += torch.where(count > 0, change, 0.0)
         if free:
-            _raise(self.likelihood, free, seen)
+            raise_in(self.likelihood, free, seen)
         self._precision = None
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ class Variational(torch.optim.Optimizer):
                     statistics[name] = statistics[name] + t if name in statistics else t
                 part = view.totals(self.likelihood)
                 totals = part if totals is None or part is None else totals + part
-        return self.model.believe(self, statistics, _standard_error(totals, getattr(self.expectation, "antithetic", False)))
+        return self.model.believe(self, statistics, standard_error(totals, getattr(self.expectation, "antithetic", False)))
 
     def snapshot(self) -> dict[str, Any]:
         """All that a step moves, to go back to by :meth:`restore`."""
@@ -430,60 +431,6 @@ class Variational(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"Variational({self.vector.numel} weights, {self.bending!r}, {self.model.structure!r}, {self.expectation!r})"
-
-
-def _standard_error(totals: Tensor | None, antithetic: bool) -> float:
-    """Of the mean of these draws [s], of which every second may be the one before turned round."""
-    if totals is None:
-        return 0.0
-    if antithetic and len(totals) % 2 == 0:
-        totals = totals.reshape(-1, 2).mean(-1)
-    return float(totals.double().std() / len(totals) ** 0.5) if len(totals) > 1 else math.inf
-
-
-class _Walk:
-    """Batches of some data, one at a time and as often as asked; empty ones are left out.
-
-    Attributes:
-        count: data of the last whole walk.
-    """
-
-    def __init__(self, opt: Variational, data: Any) -> None:
-        self.opt, self.data, self.count = opt, data if isinstance(data, _Walk) else _data.batches(data), 0
-
-    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
-        count = 0
-        for x, y in self.data:
-            if not _data.len_of(x):
-                continue
-            _data.check_finite(x, "x")
-            if not count:
-                self.opt.linearizer.prepare(x, self.opt.likelihood.rows)
-            count += _data.len_of(x)
-            yield x, y
-        if not count:
-            raise ValueError("the data are empty (0 rows); there is nothing to learn from.")
-        self.count = count
-
-
-def _raise(likelihood, free: list[nn.Parameter], views: list[View], steps: int = 20) -> None:
-    """Raise Σ E_q log p in the likelihood's parameters, in place."""
-    before = [p.detach().clone() for p in free]
-    search = torch.optim.LBFGS(free, lr=1.0, max_iter=steps, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        search.zero_grad()
-        value = -torch.stack([view.value(likelihood) for view in views]).sum() / sum(view.y.shape[0] for view in views)
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        search.step(loss)  # type: ignore[arg-type]
-    for p, old in zip(free, before, strict=True):
-        p.grad = None
-        if not bool(p.isfinite().all()):
-            logger.warning("the likelihood's parameters left the finite numbers while being tuned; they stay as they were")
-            p.data.copy_(old)
 
 
 def _check(name: str, value: Any, good: Callable[[Any], bool], expected: str) -> None:
