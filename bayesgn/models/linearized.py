@@ -91,8 +91,10 @@ class LinearizedPosterior(WeightPosterior):
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def precision(self) -> Precision:
-        one = torch.ones((), dtype=self._wide, device=self.point.device)
-        return self.curvature.with_prior(self.prior.of(self.curvature.blocks), one)
+        one, prior = torch.ones((), dtype=self._wide, device=self.point.device), self.prior.of(self.curvature.blocks)
+        if torch.is_grad_enabled():
+            return self.curvature.with_prior(prior, one)
+        return self.curvature.solver(prior, one)  # sites, and H with them, move at every turn: to decompose H would cost ten times as much
 
     def shift(self) -> Tensor:
         settled = self._settled()
