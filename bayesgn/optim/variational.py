@@ -57,7 +57,8 @@ class Variational(torch.optim.Optimizer):
         curvature: Λ; ``rules.GaussNewton()`` unless given.
         expectation: how E_q is taken; ``Draws(1)`` unless given.
         lr: of the mean; a torch scheduler may move it.
-        precision_lr: ρ of every step; ``lr`` as it stands unless given (a hundredth of it under ``Reparameterized``, whose curvature is noisy).
+        precision_lr: ρ of every step; ``lr`` as it stands unless given. (Under ``Reparameterized``, whose curvature is noisy, it then falls as one
+            over the steps taken, to a hundredth of ``lr``.)
         momentum: of the gradient, in [0, 1).
         damping: added to the precision where it divides the gradient, never to q.
         temperature: T; below 1 a colder, narrower posterior.
@@ -274,7 +275,9 @@ class Variational(torch.optim.Optimizer):
         lr = float(self.param_groups[0]["lr"])
         if not 0 <= lr <= 1:
             raise ValueError(f"lr is {lr:g} (set by a scheduler, or in param_groups); expected a part of a natural-gradient step, in [0, 1].")
-        ρ = self.expectation.caution * lr if self.precision_lr is None else self.precision_lr
+        ρ = self.precision_lr
+        if ρ is None:  # where H is noisy: soon away from the guess that it began with, then the mean of all that was seen
+            ρ = lr if self.expectation.caution == 1.0 else max(self.expectation.caution * lr, min(lr, 2 / (self.steps + 2)))
         return lr, 1 - (1 - ρ) ** self.every
 
     def _take(self, found: Estimate, whole: float) -> None:

@@ -269,7 +269,7 @@ def test_diag_reaches_the_mean_field_optimum(P):
 def test_steps_by_draws_come_near_the_optimum(expectation):
     x, y = logistic()
     m, v, bound = mean_field_optimum(x, y, 1.0)
-    posterior = fit(linear(4), likelihoods.Bernoulli(), (x, y), ggn.Diag, models.WeightPrior(1.0), epochs=40, batch_size=20, draws=200,
+    posterior = fit(linear(4), likelihoods.Bernoulli(), (x, y), ggn.Diag, models.WeightPrior(1.0), epochs=150, batch_size=20, draws=200,
                     expectation=expectation)  # fmt: skip
     assert bound - 0.5 < float(posterior.log_evidence()) < bound + 0.5
     torch.testing.assert_close(posterior.mean, m, rtol=0.2, atol=0.15)
