@@ -220,6 +220,18 @@ class _Run:
         if self.tune and len(self.trace.elbo) >= self.burn_in:
             self.opt.tune(self.data, max(1, self.draws // 4), self.generator)
 
+    def tuned_from(self, now: float) -> float:
+        """The bound after tuning; q follows its prior and may lose by it, and then nothing is tuned."""
+        if not self.tune or len(self.trace.elbo) < self.burn_in:
+            return now
+        before = self.opt.snapshot()
+        self.tuned()
+        value = self.objective()
+        if value >= now:
+            return value
+        self.opt.restore(before)
+        return now
+
     def note(self, elbo: float, lr: float, rejected: int, of: dict[str, Any] | None = None) -> None:
         """An epoch is over; ``of`` is the q that the bound is of, where it is not the present one but the epoch's first."""
         trace, prior, noise = self.trace, self.opt.prior.precision, getattr(self.opt.likelihood, "noise", None)
@@ -289,9 +301,8 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                     opt.restore(settled)
                     lr, rejected = 0.5 * lr, rejected + 1
                 if not better:
-                    run.tuned()
-                    value = run.objective()
-                    if run.tune and value > now + tol * (1 + abs(now)):  # the hyper-parameters may still raise it
+                    value = run.tuned_from(now)
+                    if value > now + tol * (1 + abs(now)):  # the hyper-parameters may still raise it
                         now, settled, lr = value, opt.snapshot(), 1.0
                         run.note(now, 0.0, rejected)
                         continue
@@ -302,8 +313,7 @@ def _search(run: _Run, epochs: int, tol: float, progress: bool | None) -> None:
                         stacklevel=callers_level(),
                     )
                     break
-                run.tuned()
-                value = run.objective() if run.tune else value
+                value = run.tuned_from(value)
                 gain, now = value - now, value
                 run.note(now, lr, rejected)
                 settled = opt.snapshot()

@@ -220,8 +220,7 @@ class _ByDraws(Expectation):
                     f.append(belief.outputs(x))
             y = _data.to(y, f[0].device)
             belief.likelihood.validate(f[0], y)
-            wide = torch.stack(f)
-            yield View(wide.to(torch.promote_types(wide.dtype, torch.float32)), y)
+            yield View(torch.stack(f).to(belief.mean), y)  # (sums over data are not taken in the net's dtype)
 
 
 class AtMean(_ByDraws):

@@ -681,3 +681,15 @@ def test_a_search_that_cannot_climb_says_so_and_a_loader_that_drops_data_too():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 32, drop_last=True)
     with pytest.warns(UserWarning, match="32 of the 60 data"):
         bgn.variational(model, likelihoods.Bernoulli(), loader, epochs=1, progress=False)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**4), log_P=st.floats(-3, 3), noise=st.floats(0.01, 10.0))
+def test_tuning_never_lowers_the_bound_of_a_search(seed, log_P, noise):
+    # q follows its prior: (H + P)^-1 moves with P, which the closed form for P at a fixed q does not foresee.
+    x, y = draw(15, 4, seed=seed), draw(15, 1, seed=seed + 1)
+    posterior = fit(linear(4), likelihoods.Gaussian(noise), (x, y), ggn.Diag, models.WeightPrior(10.0**log_P), epochs=6, expectation=LINEARIZED,
+                    tune=True)  # fmt: skip
+    elbo = posterior.trace.elbo
+    assert all(b >= a - 1e-9 * (1 + abs(a)) for a, b in zip(elbo, elbo[1:], strict=False)), elbo
+    assert float(posterior.log_evidence().detach()) == pytest.approx(elbo[-1], rel=1e-8, abs=1e-8)
